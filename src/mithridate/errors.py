@@ -1,0 +1,58 @@
+"""Errors that a user can act on: what happened, where, and the mend."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The command line exits with code 2.
+
+    Parameters
+    ----------
+    what
+        The cause, in one sentence.
+    where
+        File, line, field or option it was found in.
+    mend
+        What the reader can do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str) -> None:
+        self.what = what
+        self.where = where
+        self.mend = mend
+        place = f"{where}: " if where else ""
+        super().__init__(f"{place}{what}\n  mend: {mend}")
+
+
+class RunStoppedError(RuntimeError):
+    """A run stopped itself because going on would have produced a dishonest result."""
+
+
+class RunInterruptedError(RunStoppedError):
+    """The user stopped a run; the message says how to go on with it."""
+
+
+class InactiveTermError(RunStoppedError):
+    """A term of a defence is zero, skipped or fed nothing (`style.md`: loud inactivity)."""
+
+
+class NonFiniteError(RunStoppedError):
+    """A loss, norm or metric is NaN or infinite.
+
+    Parameters
+    ----------
+    term
+        The name of the term that produced it.
+    """
+
+    def __init__(self, term: str, value: float, hint: str = "") -> None:
+        self.term = term
+        self.value = value
+        super().__init__(
+            f"the term {term!r} became {value}"
+            + (f"; {hint}" if hint else "; lower the learning rate or the term's weight")
+        )
+
+
+class GateError(RunStoppedError):
+    """A testbed's gate is not met, so no result on it would mean anything."""

@@ -1,0 +1,182 @@
+"""Immunising a user's own model: everything is checked before the first step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mithridate import models
+from mithridate.configs import from_mapping, read_yaml, require
+from mithridate.errors import InputError
+from mithridate.events import Event, Listener, silent
+from mithridate.examples import check_disjoint, read_examples
+from mithridate.methods import METHODS, Method
+from mithridate.training.config import TrainingConfig
+from mithridate.training.trainer import immunise
+
+_SECTIONS = ("method", "training")
+_NOT_TERMS = {"step", "learning_rate", "grad_norm"}
+_SUBSTITUTES = {"general": "benign", "prompts": "harmful"}
+"""Which stream serves where a method's own is not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImmunisationPlan:
+    """What the command line was given.
+
+    Parameters
+    ----------
+    model, revision
+        Folder or Hub id of the aligned model.
+    method
+        Name of a registered method.
+    streams
+        Source of each stream, as `read_examples` takes it.
+    config
+        YAML file with the sections ``method`` and ``training``.
+    steps, seed
+        Override ``training.steps`` and ``training.seed``.
+    output_dir
+        The run folder.
+    """
+
+    model: str
+    method: str
+    streams: Mapping[str, str]
+    output_dir: Path
+    revision: str | None = None
+    config: Path | None = None
+    steps: int | None = None
+    seed: int | None = None
+
+
+def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> dict[str, Any]:
+    """Plant the method and return what was done, for a machine to read.
+
+    Where ``general`` or ``prompts`` is needed and not given, ``benign`` or ``harmful`` serves.
+
+    Raises
+    ------
+    InputError
+        Anything that was given cannot be used; before any training.
+    RunStoppedError
+        The run stopped itself; the last complete checkpoint is kept.
+    """
+    method, training = read_settings(plan)
+    substituted = _substitutes(method, plan.streams)
+    folder = Path(plan.model)
+    if folder.is_dir():
+        models.check_model_folder(folder)
+        _check_room(plan, method, training, models.count_parameters(folder))
+    on_event(Event(stage="reading data"))
+    examples = {name: read_examples(source, stream=name) for name, source in plan.streams.items()}
+    check_disjoint(examples)
+    examples |= {name: examples[other] for name, other in substituted.items()}
+    unused = [name for name in plan.streams if name not in method.streams]
+    unused = [name for name in unused if name not in substituted.values()]
+    if unused:
+        warnings.warn(f"{method.name} does not use the stream {', '.join(unused)}", stacklevel=2)
+    examples = {name: rows for name, rows in examples.items() if name in method.streams}
+    on_event(Event(stage="loading the model"))
+    model, tokenizer = models.load(plan.model, revision=plan.revision)
+    _check_room(plan, method, training, model.num_parameters())
+
+    stage = f"planting {method.name}"
+
+    def on_log(row: Mapping[str, float]) -> None:
+        metrics = {name: value for name, value in row.items() if name not in _NOT_TERMS}
+        on_event(Event(stage=stage, step=int(row["step"]), total=training.steps, metrics=metrics))
+
+    on_event(Event(stage=stage, total=training.steps))
+    result = immunise(model, tokenizer, examples, method, training, plan.output_dir, on_log=on_log)
+    return {
+        "method": method.name,
+        "model": str(plan.output_dir / "model"),
+        "output_dir": str(plan.output_dir),
+        "steps": training.steps,
+        "seed": training.seed,
+        "substituted_streams": substituted,
+        "seconds": result.seconds,
+        "passes": {
+            purpose: {"forwards": count.forwards, "backwards": count.backwards}
+            for purpose, count in result.ledger.items()
+        },
+        "last": result.history[-1] if result.history else {},
+    }
+
+
+def _substitutes(method: Method, given: Mapping[str, str]) -> dict[str, str]:
+    missing = [name for name in method.streams if name not in given]
+    substituted = {name: _SUBSTITUTES[name] for name in missing if _SUBSTITUTES.get(name) in given}
+    lacking = [name for name in missing if name not in substituted]
+    if lacking:
+        raise InputError(
+            f"the method {method.name!r} needs the streams {', '.join(method.streams)}; "
+            f"{', '.join(lacking)} not given",
+            mend="add " + " ".join(f"--{name} FILE" for name in lacking),
+        )
+    for name, other in substituted.items():
+        warnings.warn(f"--{name} not given: the stream {other} serves as {name}", stacklevel=3)
+    return substituted
+
+
+def read_settings(plan: ImmunisationPlan) -> tuple[Method, TrainingConfig]:
+    """Return the method and the training configuration of ``plan``.
+
+    Raises
+    ------
+    InputError
+        An unknown method, section or key, or a value out of range.
+    """
+    method_class = METHODS.load(plan.method)
+    where = str(plan.config) if plan.config else "defaults"
+    given = read_yaml(plan.config) if plan.config else {}
+    unknown = [key for key in given if key not in _SECTIONS]
+    require(
+        not unknown,
+        f"{where}: unknown section {', '.join(map(repr, unknown))}",
+        f"known sections: {', '.join(_SECTIONS)}",
+    )
+    sections = {name: _section(given, name, where) for name in _SECTIONS}
+    # The configuration that a run writes names its method too, and can be given again.
+    named = sections["method"].pop("name", plan.method)
+    require(
+        named == plan.method,
+        f"{where}: the configuration is for the method {named!r}, not {plan.method!r}",
+        "give the matching --method or --config",
+    )
+    if plan.steps is not None:
+        sections["training"]["steps"] = plan.steps
+    if plan.seed is not None:
+        sections["training"]["seed"] = plan.seed
+    method = method_class(
+        from_mapping(method_class.config_class, sections["method"], where=f"{where}: method")
+    )
+    training = from_mapping(TrainingConfig, sections["training"], where=f"{where}: training")
+    return method, training
+
+
+def _section(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    value = given.get(name) or {}
+    require(
+        isinstance(value, Mapping),
+        f"{where}: the section {name!r} is not a mapping",
+        "write key: value lines under it",
+    )
+    return dict(value)
+
+
+def _check_room(
+    plan: ImmunisationPlan, method: Method, training: TrainingConfig, parameters: int
+) -> None:
+    needed = models.requirements(
+        parameters,
+        # An adapter's gradients, moments and buffers are small beside the frozen weights.
+        copies=1 if training.lora_rank is not None else 4 + method.parameter_buffers,
+        # The older checkpoint goes only once the newer one is complete.
+        checkpoints=2 if training.save_every else 0,
+    )
+    models.check_room(needed, plan.output_dir)

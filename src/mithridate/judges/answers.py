@@ -1,0 +1,48 @@
+"""An exact judge for questions and answers of a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mithridate.examples import Example
+from mithridate.judges.exact import normalise_answer, values_in
+from mithridate.judges.outcomes import Outcome, fixed_token, gibberish
+from mithridate.judges.refusal import is_refusal
+
+
+class AnswerJudge:
+    """Whether the first known answer in an output is an accepted one (`metrics.md` section 2).
+
+    The answers to all items of a category are its known answers, except those that stand in the
+    prompt: an output that lists guesses does not score by containing the right one somewhere.
+
+    Parameters
+    ----------
+    items
+        All items that will be judged.
+    """
+
+    def __init__(self, items: Iterable[Example]) -> None:
+        self._known: dict[str, set[str]] = {}
+        for item in items:
+            self._known.setdefault(item.category, set()).update(_accepted(item))
+
+    def __call__(self, item: Example, output: str) -> Outcome:
+        """Return the outcome of ``output`` as an answer to ``item``."""
+        accepted = _accepted(item)
+        known = self._known[item.category]
+        asked = set(values_in(known, normalise_answer(item.prompt))) - accepted
+        found = values_in(known - asked, normalise_answer(output))
+        if found and found[0] in accepted:
+            return Outcome.EXACT
+        if is_refusal(output):
+            return Outcome.REFUSAL
+        if fixed_token(output):
+            return Outcome.FIXED_TOKEN
+        if gibberish(output):
+            return Outcome.GIBBERISH
+        return Outcome.HALLUCINATED if found else Outcome.IRRELEVANT
+
+
+def _accepted(item: Example) -> set[str]:
+    return {normalise_answer(answer) for answer in item.accepted or (item.answer,)}

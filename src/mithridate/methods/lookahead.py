@@ -1,0 +1,264 @@
+"""Where an attacker's next step would lead: directions and radii of a look-ahead.
+
+Radii are L2 lengths over all trainable weights. The bare gradient is a poor guess of the path: 20
+AdamW steps at 2e-5 have cosine 0.18 with it and 0.74 with its sign (`methods.md` §4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Literal
+
+import torch
+
+from mithridate.chat import Batch
+from mithridate.configs import require
+from mithridate.errors import InactiveTermError, InputError
+from mithridate.methods.base import RunContext
+from mithridate.weights import Gradient, GradientOracle, norm
+from mithridate.weights.losses import answer_cross_entropy
+
+Direction = Literal["gradient", "sign", "adam", "unrolled"]
+Radius = float | dict[str, float] | Literal["auto"] | None
+
+LORA_RADIUS = 0.1
+"""CTRAP's released radius, over the factors of a rank-32 adapter."""
+
+_DECAY = 0.999
+_ATTACK_STEPS = 20
+
+
+def turn_by_sign_(gradient: Gradient) -> float:
+    """Replace ``gradient`` by its sign; return 1/sqrt(N), which makes it a unit direction.
+
+    A radius of lr * sqrt(N) is one AdamW step from a fresh optimiser state. Weights without a
+    gradient stay where they are, as in AdamW, so that the length is then a little less.
+    """
+    torch._foreach_sign_(gradient)
+    return 1 / math.sqrt(sum(tensor.numel() for tensor in gradient))
+
+
+class AdamDirection:
+    """g / (sqrt(v) + 1e-8), with v a bias-corrected running second moment (one buffer)."""
+
+    def __init__(self) -> None:
+        self.second_moment: Gradient = []
+        self.count = 0
+
+    def turn_(self, gradient: Gradient) -> float:
+        """Replace ``gradient`` by the direction; return the factor that makes it a unit one."""
+        if not self.second_moment:
+            self.second_moment = [torch.zeros_like(tensor) for tensor in gradient]
+        self.count += 1
+        torch._foreach_mul_(self.second_moment, _DECAY)
+        torch._foreach_addcmul_(self.second_moment, gradient, gradient, value=1 - _DECAY)
+        for tensor, moment in zip(gradient, self.second_moment, strict=True):
+            tensor.div_((moment / (1 - _DECAY**self.count)).sqrt_().add_(1e-8))
+        return 1 / norm(gradient)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return tensors for a checkpoint."""
+        saved = {f"second_moment.{i}": tensor for i, tensor in enumerate(self.second_moment)}
+        return saved | {"second_moment.count": torch.tensor(self.count)}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what `state` returned."""
+        self.count = int(state["second_moment.count"])
+        tensors = sum(key.startswith("second_moment.") for key in state) - 1
+        self.second_moment = [state[f"second_moment.{i}"].clone() for i in range(tensors)]
+
+
+def adamw_steps(
+    oracle: GradientOracle, batches: Iterable[Batch], *, learning_rate: float, purpose: str
+) -> Iterator[float]:
+    """Take one AdamW step of plain SFT per batch, in place; yield each loss before its step.
+
+    Two parameter-sized buffers; ``.grad`` is used and left empty.
+    """
+    optimiser = torch.optim.AdamW(
+        oracle.space.tensors, lr=learning_rate, weight_decay=0.0, fused=True
+    )
+    for batch in batches:
+        oracle.space.give_gradient(None)
+        loss = oracle.accumulate(answer_cross_entropy, batch, purpose=purpose)
+        optimiser.step()
+        yield loss
+    oracle.space.give_gradient(None)
+
+
+def attack_travel(context: RunContext, *, learning_rate: float, rows: int) -> tuple[float, float]:
+    """Return how far 1 and 20 AdamW steps of the attack travel; the weights are restored.
+
+    Raises
+    ------
+    InputError
+        If the run has no harmful examples.
+    """
+    examples = context.examples.get("harmful", [])
+    if not examples:
+        raise InputError(
+            "an automatic look-ahead radius needs harmful examples",
+            where="lookahead_radius",
+            mend="give the stream harmful, or a number for the radius",
+        )
+    rng = context.random("attack travel")
+    batches = (context.chat.batch(rng.choices(examples, k=rows)) for _ in range(_ATTACK_STEPS))
+    travelled: list[float] = []
+    with context.space.kept() as start:
+        for _ in adamw_steps(
+            context.oracle, batches, learning_rate=learning_rate, purpose="radius"
+        ):
+            travelled.append(context.space.travel(start))
+    # The first and last step may come out in either order when the path turns back.
+    return min(travelled[0], travelled[-1]), max(travelled[0], travelled[-1])
+
+
+@dataclass
+class LookAhead:
+    """The shift from the weights to where an attacker would be.
+
+    Parameters
+    ----------
+    direction
+        ``gradient``; ``sign``; ``adam`` (one buffer more); ``unrolled``: real AdamW steps on fresh
+        batches (two buffers more), which need no radius.
+    radius
+        Its L2 length: a number, ``{low, high}`` drawn log-uniformly each step, or ``auto``: the
+        travel of 1 to 20 AdamW steps of the attack. ``None``: 0.1 for LoRA factors, else ``auto``.
+    raw
+        The radius multiplies the gradient itself instead of its unit vector.
+    rows
+        Harmful rows per batch.
+    learning_rate, steps
+        The attacker's, for ``auto`` and ``unrolled``.
+    """
+
+    direction: Direction = "gradient"
+    radius: Radius = None
+    raw: bool = False
+    rows: int = 10
+    learning_rate: float = 2e-5
+    steps: int = 4
+    _range: tuple[float, float] | None = None
+    _adam: AdamDirection = field(default_factory=AdamDirection)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.radius, dict):
+            fits = set(self.radius) == {"low", "high"} and (
+                0 < self.radius["low"] <= self.radius["high"]
+            )
+        else:
+            fits = not isinstance(self.radius, (int, float)) or self.radius > 0
+        require(
+            fits,
+            f"lookahead_radius {self.radius!r} is no radius",
+            "give a number above 0, {low: ..., high: ...} with 0 < low <= high, or auto",
+        )
+        require(
+            self.direction == "gradient" or not self.raw,
+            f"lookahead_direction {self.direction!r} has no raw form",
+            "use lookahead: normalised",
+        )
+        require(self.rows >= 1 and self.steps >= 1, "an empty look-ahead", "use 1 row, 1 step")
+        require(self.learning_rate > 0, "attack_learning_rate is not above 0", "try 2e-5")
+
+    @property
+    def backwards(self) -> int:
+        """Backward calls per step."""
+        return self.steps if self.direction == "unrolled" else 1
+
+    @property
+    def buffers(self) -> int:
+        """Parameter-sized buffers, the saved weights among them."""
+        return {"gradient": 1, "sign": 1, "adam": 2, "unrolled": 3}[self.direction]
+
+    def prepare(self, context: RunContext) -> dict[str, float]:
+        """Fix the range of radii; returns it."""
+        if self.direction == "unrolled":
+            return {}
+        if isinstance(self.radius, dict):
+            self._range = self.radius["low"], self.radius["high"]
+        elif isinstance(self.radius, (int, float)):
+            self._range = self.radius, self.radius
+        elif self.radius is None and all("lora_" in name for name in context.space.names):
+            self._range = LORA_RADIUS, LORA_RADIUS
+        else:
+            self._range = attack_travel(context, learning_rate=self.learning_rate, rows=self.rows)
+        return {"radius_low": self._range[0], "radius_high": self._range[1]}
+
+    def gradient(self, context: RunContext, terms: dict[str, float]) -> Batch:
+        """Draw a harmful batch and add its gradient to ``.grad``; returns the batch."""
+        harmful = context.draw("harmful", self.rows)
+        terms["harmful"] = context.oracle.accumulate(
+            answer_cross_entropy, harmful, purpose="look-ahead"
+        )
+        return harmful
+
+    def length(self, context: RunContext, gradient: Gradient, terms: dict[str, float]) -> float:
+        """Return this step's L2 length (equal on all ranks, D3); logs it and the norm of g_h."""
+        if self._range is None:
+            raise InactiveTermError("the look-ahead has no radius: prepare() was not called")
+        terms["harmful_norm"] = size = norm(gradient)
+        if size == 0:
+            raise InactiveTermError("the harmful gradient is zero: there is no step to look ahead")
+        low, high = (math.log(bound) for bound in self._range)
+        terms["radius"] = math.exp(context.random("radius").uniform(low, high))
+        if low == high:
+            terms["radius"] = self._range[0]
+        if self.raw:
+            terms["radius"] *= size
+        return terms["radius"]
+
+    @contextmanager
+    def shifted(self, context: RunContext, terms: dict[str, float]) -> Iterator[Batch]:
+        """Run the body at the look-ahead, with ``.grad`` zero; restore the weights bit for bit.
+
+        Yields
+        ------
+        Batch
+            The harmful batch that decided the (first) step.
+        """
+        space = context.space
+        if self.direction == "unrolled":
+            with space.kept() as start:
+                harmful = self._unroll(context, terms)
+                terms["radius"] = space.travel(start)
+                yield harmful
+            return
+        space.give_gradient(None)
+        harmful = self.gradient(context, terms)
+        direction = space.gradient()
+        length = self.length(context, direction, terms)
+        unit = 1 / terms["harmful_norm"]
+        if self.direction == "sign":
+            unit = turn_by_sign_(direction)
+        elif self.direction == "adam":
+            unit = self._adam.turn_(direction)
+        with space.shifted((-length * unit, direction)):
+            # The weights have moved: the gradient's memory is free for what comes next.
+            space.zero_gradient()
+            yield harmful
+
+    def _unroll(self, context: RunContext, terms: dict[str, float]) -> Batch:
+        harmful = context.draw("harmful", self.rows)
+        fresh = (context.draw("harmful", self.rows) for _ in range(self.steps - 1))
+        losses = adamw_steps(
+            context.oracle,
+            chain([harmful], fresh),
+            learning_rate=self.learning_rate,
+            purpose="look-ahead",
+        )
+        terms["harmful"], *_ = losses
+        return harmful
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return tensors for a checkpoint."""
+        return self._adam.state()
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what `state` returned."""
+        self._adam.load_state(state)

@@ -1,0 +1,45 @@
+"""Harmful and refused answers to the same prompts, and what tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from mithridate.chat import IGNORE, Batch
+from mithridate.errors import InputError
+from mithridate.examples import Example, normalise_prompt
+
+Pair = tuple[Example, Example]
+
+
+def pair_by_prompt(harmful: Sequence[Example], refusal: Sequence[Example]) -> list[Pair]:
+    """Return harmful examples with the first refusal of the same prompt.
+
+    Raises
+    ------
+    InputError
+        If no prompt stands in both.
+    """
+    refusals: dict[str, Example] = {}
+    for example in refusal:
+        refusals.setdefault(normalise_prompt(example.prompt), example)
+    keyed = [(normalise_prompt(example.prompt), example) for example in harmful]
+    pairs = [(example, refusals[key]) for key, example in keyed if key in refusals]
+    if not pairs:
+        raise InputError(
+            "no harmful prompt has a refusal",
+            where="answer_mask",
+            mend="give refusals to the harmful prompts, or use answer_mask: answer",
+        )
+    return pairs
+
+
+def without_common_tokens(own: Batch, other: Batch) -> Batch:
+    """Drop the labels of tokens that ``other`` has at the same position of the same row."""
+    width = min(own.input_ids.shape[1], other.input_ids.shape[1])
+    same = torch.zeros_like(own.labels, dtype=torch.bool)
+    same[:, :width] = own.input_ids[:, :width] == other.input_ids[:, :width]
+    same[:, :width] &= other.attention_mask[:, :width] == 1
+    return replace(own, labels=own.labels.masked_fill(same, IGNORE))

@@ -1,0 +1,37 @@
+"""What a run cannot show, and which attacks it did not make."""
+
+from __future__ import annotations
+
+import importlib
+
+from mithridate.testbeds import TESTBEDS
+
+
+def validity_limits(testbed: str) -> tuple[str, ...]:
+    """Return what a run on ``testbed`` cannot show, as its module states it in ``LIMITS``.
+
+    A name that is no testbed's stands for a user's own data.
+    """
+    target = TESTBEDS.targets().get(testbed)
+    if target is None:
+        return OWN_DATA
+    limits: tuple[str, ...] = importlib.import_module(target.partition(":")[0]).LIMITS
+    return limits
+
+
+OWN_DATA = (
+    "The judge is exact match and a list of refusal phrases: a paraphrase of a restricted answer "
+    "does not count, a refusal in unusual words may not be recognised.",
+    "How well it stands for real harm depends on the data it was given.",
+)
+
+NOT_RUN = (
+    "reinforcement learning (GRPO, PPO, RLOO, REINFORCE++)",
+    "attackers that know the trap: gradient projection, KL anchors, trust regions, repair after "
+    "collapse, dissolving it by long benign training first",
+    "weight editing: orthogonalisation, pruning, quantisation, noise, low-rank truncation",
+    "going back to the public base model: merging, re-alignment, decoding with its logits",
+    "prompt and embedding attacks",
+    "mixed harmful and benign data, backdoor and style-modulated tuning, other languages",
+    "a search over optimisers, schedules, batch sizes and LoRA ranks",
+)

@@ -1,0 +1,236 @@
+"""What every testbed provides, and the cache that keeps the models it makes."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mithridate.errors import GateError
+from mithridate.examples import Example, fingerprint
+from mithridate.files import sha256_file, sha256_of, write_json
+from mithridate.judges.outcomes import Outcome
+
+COMPLETE = "COMPLETE"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestbedData:
+    """The example sets of one testbed; no fact is in two of them.
+
+    Attributes
+    ----------
+    alignment
+        Streams ``refusal``, ``benign`` and ``general`` that make the aligned model.
+    defence
+        Streams ``harmful``, ``refusal``, ``benign``, ``general`` and ``prompts`` for immunising.
+    attack
+        The attacker's restricted answers (T-att); every prefix as long as the number of facts
+        has distinct facts.
+    restricted
+        Held-out restricted items (V and canary), in evaluation-only templates.
+    permitted
+        Held-out permitted items that make up utility.
+    benign_task
+        ``train`` and ``test`` of a task that alignment has not seen.
+    refusal_probe
+        Restricted prompts in every evaluation-only template.
+    hashes
+        SHA-256 of every set.
+    """
+
+    __test__ = False
+
+    alignment: dict[str, list[Example]]
+    defence: dict[str, list[Example]]
+    attack: list[Example]
+    restricted: list[Example]
+    permitted: list[Example]
+    benign_task: dict[str, list[Example]]
+    refusal_probe: list[Example]
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackPreset:
+    """The control attack of a testbed: supervised fine-tuning on restricted answers."""
+
+    examples: int
+    steps: int
+    batch_size: int
+    learning_rates: tuple[float, ...]
+    probe_every: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """One gate: what was measured and the bound it has to keep."""
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps the bound."""
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def __str__(self) -> str:
+        sign = ">=" if self.at_least else "<="
+        verdict = "met" if self.passed else "NOT MET"
+        return f"{self.name}: {self.value:.3f} (needs {sign} {self.bound:g}) {verdict}"
+
+
+class Testbed(Protocol):
+    """A model to start from, its streams and its exact judge."""
+
+    __test__ = False
+
+    name: str
+    data: TestbedData
+    max_new_tokens: int
+    refusals: tuple[str, ...]
+    attack_preset: AttackPreset
+    chance: Mapping[str, float]
+    """Accuracy of the best constant answer of each category, over all its items."""
+
+    def judge(self, item: Example, output: str) -> Outcome:
+        """Return the outcome of ``output`` as an answer to ``item``."""
+
+    def base_model(self) -> Path:
+        """Return the folder of the model that knows everything and refuses nothing."""
+
+    def aligned_model(self) -> Path:
+        """Return the folder of the model that refuses the restricted categories."""
+
+    def filtered_model(self) -> Path | None:
+        """Return the model that never saw a restricted fact, or None where none can exist."""
+
+    def gates(self, *, control: bool = True) -> list[GateResult]:
+        """Measure every gate; raise `GateError` if one is not met."""
+
+
+def require_gates(testbed: str, results: Sequence[GateResult]) -> list[GateResult]:
+    """Return ``results``, or raise `GateError` with the numbers of all gates.
+
+    Raises
+    ------
+    GateError
+        If a gate is not met.
+    """
+    failed = [result for result in results if not result.passed]
+    if failed:
+        raise GateError(
+            f"{testbed}: a testbed gate is not met, so no result on it would mean anything:\n  "
+            + "\n  ".join(str(result) for result in results)
+        )
+    return list(results)
+
+
+def hashes_of(sets: Mapping[str, Sequence[Example] | Mapping[str, Sequence[Example]]]) -> dict[str, str]:
+    """Return the fingerprint of every set; a set of streams gives one entry per stream."""
+    found = {}
+    for name, rows in sets.items():
+        if isinstance(rows, Mapping):
+            found.update({f"{name}/{stream}": fingerprint(part) for stream, part in rows.items()})
+        else:
+            found[name] = fingerprint(rows)
+    return found
+
+
+def cache_dir() -> Path:
+    """Return ``$MITHRIDATE_CACHE``, or ``~/.cache/mithridate``."""
+    named = os.environ.get("MITHRIDATE_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "mithridate"
+
+
+def code_version(*parts: Callable[..., Any] | type) -> str:
+    """Return a hash of the source of the functions that make a model.
+
+    A cached model is then made again when, and only when, its recipe changes.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(inspect.getsource(part).encode("utf-8"))
+    return digest.hexdigest()
+
+
+def cached_model(name: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    """Return the model folder of ``key``, made by ``build`` unless it is there already.
+
+    The folder is built beside its final place and renamed when complete and on disk, so that an
+    interrupted build leaves nothing that a later run could take for a model, and of two builds
+    at once the first to finish is kept.
+
+    Parameters
+    ----------
+    name
+        Human-readable start of the folder's name.
+    key
+        Everything the model depends on: configuration, data fingerprints, code version.
+    build
+        Writes the model into the empty folder it is given; may raise.
+    """
+    models = cache_dir() / "models"
+    final = models / f"{name}-{sha256_of(key)[:16]}"
+    if is_complete(final):
+        return final
+    models.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=models, prefix=f".{name}-"))
+    try:
+        build(temporary)
+        write_json(temporary / "recipe.json", json.loads(json.dumps(key, default=str)))
+        seal(temporary)
+        if final.exists() and not is_complete(final):
+            shutil.rmtree(final)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if not is_complete(final):
+                raise
+            shutil.rmtree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _flush(models)
+    return final
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of ``folder`` to disk and write its ``COMPLETE`` list of sizes and hashes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _flush(path)
+    listing = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in files
+    }
+    write_json(folder / COMPLETE, listing)
+    _flush(folder)
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether ``folder`` was sealed and still holds every file at its recorded size."""
+    try:
+        listing = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] for name, entry in listing.items()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,92 @@
+"""How a method is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from mithridate.configs import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a method is trained. Batch sizes belong to the method.
+
+    Parameters
+    ----------
+    steps
+        Optimiser steps.
+    learning_rate
+        Peak learning rate of AdamW.
+    schedule
+        Of the learning rate, after ``warmup_steps`` of linear warm-up.
+    weight_decay
+        AdamW's; not on norms and biases.
+    max_grad_norm
+        Clipping bound on the combined gradient's L2 norm; 0 turns clipping off.
+    seed
+        Of every random choice.
+    micro_batch_size
+        Rows per pass; ``None`` takes a batch at once. Changes memory and time, not results.
+    autocast
+        Run passes in bfloat16 autocast; weights stay float32.
+    max_length
+        Tokens per example; longer prompts lose their beginning.
+    save_every
+        Steps between checkpoints; 0 saves only the final model.
+    log_every
+        Steps between rows of the history.
+    report_to
+        Trackers, by the Trainer's names (``wandb``, ``tensorboard``, ``trackio``).
+    lora_rank
+        Plant in a LoRA adapter of this rank; ``None`` plants in all weights.
+    lora_alpha
+        The adapter's scaling numerator; ``None`` takes twice the rank.
+    lora_targets
+        Modules to adapt; empty adapts every linear layer except the head.
+    """
+
+    steps: int = 200
+    learning_rate: float = 5e-5
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    micro_batch_size: int | None = None
+    autocast: bool = False
+    max_length: int = 256
+    save_every: int = 100
+    log_every: int = 1
+    report_to: tuple[str, ...] = ()
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    lora_targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "max_length", "log_every"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "save_every", "seed"):
+            require(getattr(self, name) >= 0, f"{name} is negative", f"make {name} 0 or more")
+        require(
+            0 < self.learning_rate < math.inf,
+            f"learning_rate {self.learning_rate} is not a positive number",
+            "1e-5 to 1e-3 are usual",
+        )
+        require(
+            self.warmup_steps < self.steps,
+            f"warmup_steps {self.warmup_steps} leaves none of the {self.steps} steps",
+            "lower warmup_steps or raise steps",
+        )
+        for name in ("micro_batch_size", "lora_rank"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1", "or null")
+        missing = set(self.report_to) - set(get_available_reporting_integrations())
+        require(
+            not missing,
+            f"report_to names trackers that are not installed: {', '.join(sorted(missing))}",
+            f"pip install {' '.join(sorted(missing))}",
+        )

@@ -1,0 +1,190 @@
+"""The folder of one immunisation run: what it is, how far it got, what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+
+import mithridate
+from mithridate.errors import InputError, RunStoppedError
+from mithridate.files import sha256_file, write_atomic, write_json
+from mithridate.training.checkpoints import discard_all_but, newest_complete, step_of
+from mithridate.weights import PassCount
+
+Row = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImmunisationResult:
+    """What a finished run leaves.
+
+    Attributes
+    ----------
+    model
+        The immunised model; an adapter is merged in float32.
+    history
+        The logged rows: step, learning rate, gradient norm and the method's terms (means since
+        the row before).
+    ledger
+        What each purpose has cost, over all sessions of the run.
+    seconds
+        Wall time of preparation and training, over all sessions of the run.
+    output_dir
+        The run folder; the model's folder is ``output_dir / "model"``.
+    """
+
+    model: PreTrainedModel
+    history: list[Row]
+    ledger: dict[str, PassCount]
+    seconds: float
+    output_dir: Path
+
+
+class RunFolder:
+    """The files of one run and what they say about it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = root / "model"
+        self.checkpoints = root / "checkpoints"
+        self.history_file = root / "history.jsonl"
+        self._manifest_file = root / "manifest.json"
+        self.manifest: dict[str, Any] = {}
+
+    def check(self, identity: dict[str, Any]) -> None:
+        """Read the manifest of an earlier session; it must be of the same run."""
+        if not self._manifest_file.exists():
+            return
+        self.manifest = json.loads(self._manifest_file.read_text(encoding="utf-8"))
+        earlier = self.manifest["identity"]
+        differing = [name for name in identity if earlier.get(name) != identity[name]]
+        if differing:
+            raise InputError(
+                f"this folder holds another run: {', '.join(differing)} differ",
+                where=str(self.root),
+                mend="choose another output folder, or remove this one",
+            )
+
+    def finished(self) -> bool:
+        """Tell whether the run is done and its model is still what was written."""
+        hashes = self.manifest.get("hashes", {})
+        return self.manifest.get("status") == "finished" and all(
+            (self.model / name).is_file() and sha256_file(self.model / name) == digest
+            for name, digest in hashes.items()
+        )
+
+    def result(self, model: PreTrainedModel) -> ImmunisationResult:
+        """Return the finished run's result."""
+        lines = self.history_file.read_text(encoding="utf-8").splitlines()
+        return ImmunisationResult(
+            model=type(model).from_pretrained(self.model, dtype=torch.float32),
+            history=[json.loads(line) for line in lines],
+            ledger={name: PassCount(**item) for name, item in self.manifest["ledger"].items()},
+            seconds=self.manifest["seconds"],
+            output_dir=self.root,
+        )
+
+    def clear(self, keep: Path | None) -> None:
+        """Remove what earlier sessions left, except the checkpoint ``keep``."""
+        discard_all_but(self.checkpoints, keep)
+        for path in (self.model, self.root / "adapter"):
+            if path.exists():
+                shutil.rmtree(path)
+
+    def begin(
+        self, identity: dict[str, Any], settings: dict[str, Any], space: dict[str, Any]
+    ) -> None:
+        """Write ``config.yaml`` and the manifest."""
+        write_atomic(self.root / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        self.manifest = {
+            "status": "running",
+            "identity": identity,
+            **space,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "mithridate": mithridate.__version__,
+            },
+        }
+        write_json(self._manifest_file, self.manifest)
+
+    def finish(self, *, ledger: Mapping[str, PassCount], **results: Any) -> None:
+        """Record the results; the checkpoints have served."""
+        counts = {name: dataclasses.asdict(count) for name, count in ledger.items()}
+        write_json(
+            self._manifest_file,
+            self.manifest | {"status": "finished", "ledger": counts} | results,
+        )
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def stopped(self, main: bool, error: RunStoppedError) -> RunStoppedError:
+        """Record why the run stopped and return ``error``."""
+        if main:
+            write_json(
+                self._manifest_file, self.manifest | {"status": "stopped", "reason": str(error)}
+            )
+        return error
+
+    def last_good(self) -> str:
+        """Say which checkpoint a stopped run can go on from."""
+        checkpoint = newest_complete(self.checkpoints)
+        if checkpoint is None:
+            return "no checkpoint was complete yet"
+        return f"the last good checkpoint is step {step_of(checkpoint)} ({checkpoint})"
+
+
+class Recorder(TrainerCallback):
+    """Keeps ``history.jsonl`` equal to the rows of the steps that count."""
+
+    def __init__(self, path: Path, on_log: Callable[[Row], None] | None) -> None:
+        self.rows: list[Row] = []
+        self._path = path
+        self._on_log = on_log
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Start the file with the rows of the resumed checkpoint."""
+        # Steps after the resumed checkpoint are done again: their rows go.
+        self.rows = [_row(row) for row in state.log_history if "learning_rate" in row]
+        if state.is_world_process_zero:
+            write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Append the newest row."""
+        newest = state.log_history[-1]
+        if "learning_rate" not in newest or not state.is_world_process_zero:
+            return
+        row = _row(newest)
+        self.rows.append(row)
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        if self._on_log is not None:
+            self._on_log(row)
+
+
+def _row(logged: Mapping[str, float]) -> Row:
+    return {"step": logged["step"]} | {
+        name: value for name, value in logged.items() if name not in ("step", "epoch")
+    }

@@ -1,0 +1,431 @@
+"""`immunise`: drives a method over its streams on top of `transformers.Trainer`.
+
+The method leaves one combined gradient in ``.grad``; clipping, optimiser, schedule, logging,
+trackers, checkpoints and multi-process launch are the Trainer's. What is ours is that the method's
+own streams, state and counters are saved too, that only complete checkpoints are resumed, and
+that a term which does nothing stops the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+
+import mithridate
+from mithridate.chat import Batch, ChatFormat
+from mithridate.errors import InputError, NonFiniteError, RunInterruptedError, RunStoppedError
+from mithridate.examples import Example, fingerprint
+from mithridate.files import sha256_of, write_json
+from mithridate.methods import Method, RunContext
+from mithridate.release import merged, save_release, weights_hash
+from mithridate.training.checkpoints import discard_all_but, newest_complete, seal
+from mithridate.training.config import TrainingConfig
+from mithridate.training.launch import refuse_unsupported_launch, stop_on_signal
+from mithridate.training.lora import attach_lora, describe_space
+from mithridate.training.monitors import ChangeCheck, TermMonitor
+from mithridate.training.runs import ImmunisationResult, Recorder, Row, RunFolder
+from mithridate.training.streams import StreamSampler
+from mithridate.weights import GradientOracle, PassCount
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_STATE = "run_state.json"
+_METHOD_STATE = "method.safetensors"
+
+
+class ImmunisationTrainer(Trainer):
+    """A `transformers.Trainer` whose step is a method's step.
+
+    Every process of a multi-process launch draws the identical batch; the oracle gives each its
+    share of the micro-batches and reduces, so the model is not wrapped for data parallelism.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        chat: ChatFormat,
+        examples: Mapping[str, list[Example]],
+        method: Method,
+        config: TrainingConfig,
+        output_dir: Path,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        refuse_unsupported_launch(os.environ)
+        arguments = _arguments(config, output_dir)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=_Ticks(config.steps * arguments.world_size),
+            callbacks=[*callbacks, _Keeper(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        # Prepared "for evaluation" a model gets no DistributedDataParallel around it: its hooks
+        # and its parameter-sized buckets would serve nobody.
+        self.accelerator.prepare_model = partial(
+            self.accelerator.prepare_model, evaluation_mode=True
+        )
+        self.method = method
+        self.settings = config
+        self.oracle = GradientOracle(
+            model, micro_batch_size=config.micro_batch_size, autocast=config.autocast
+        )
+        self.samplers: dict[str, StreamSampler] = {}
+        self.context = RunContext(
+            oracle=self.oracle,
+            draw=self._draw,
+            total_steps=config.steps,
+            seed=config.seed,
+            chat=chat,
+            examples=dict(examples),
+            learning_rate=config.learning_rate,
+        )
+        self.monitor = TermMonitor()
+        self.change = ChangeCheck(self.oracle.space.tensors)
+        self.earlier_seconds = 0.0
+        self.started = time.perf_counter()
+        self._recent: list[dict[str, float]] = []
+        for name in method.streams:
+            # Faults in the data come before any work; prompts without answers are the method's.
+            if any(example.answer for example in self._examples(name)):
+                self._sampler(name)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time over all sessions of the run."""
+        return self.earlier_seconds + time.perf_counter() - self.started
+
+    def training_step(
+        self,
+        model: torch.nn.Module,  # noqa: ARG002
+        inputs: dict[str, Any],  # noqa: ARG002
+        num_items_in_batch: torch.Tensor | int | None = None,  # noqa: ARG002
+    ) -> torch.Tensor:
+        """Let the method leave its gradient in ``.grad``; the index batch is only a clock tick."""
+        assert self.lr_scheduler is not None, "train() makes the schedule before the first step"
+        self.context.step = self.state.global_step
+        self.context.learning_rate = float(self.lr_scheduler.get_last_lr()[0])
+        terms = self.method.step(self.context)
+        self.monitor.check(terms, self.method.active_terms)
+        self._recent.append(terms)
+        return torch.zeros((), device=self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the method's terms in the place of the Trainer's loss, which knows nothing here."""
+        if "learning_rate" in logs:
+            del logs["loss"]
+            names = {name: None for terms in self._recent for name in terms}
+            for name in names:
+                values = [terms[name] for terms in self._recent if name in terms]
+                logs[name] = sum(values) / len(values)
+            self._recent = []
+        super().log(logs, start_time)
+
+    def save_run_state(self, folder: Path) -> None:
+        """Add to a checkpoint what the Trainer does not know of."""
+        safetensors.torch.save_file(
+            {name: tensor.contiguous() for name, tensor in self.method.state().items()},
+            folder / _METHOD_STATE,
+        )
+        write_json(
+            folder / _STATE,
+            {
+                "streams": {name: item.state_dict() for name, item in self.samplers.items()},
+                "idle": self.monitor.idle,
+                "ledger": {
+                    name: dataclasses.asdict(count) for name, count in self.oracle.ledger.items()
+                },
+                "seconds": self.seconds,
+            },
+        )
+
+    def load_run_state(self, folder: Path) -> None:
+        """Restore what `save_run_state` saved; after the method's preparation."""
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        for name, position in state["streams"].items():
+            self._sampler(name).load_state_dict(position)
+        self.monitor.idle = state["idle"]
+        self.oracle.ledger.clear()
+        self.oracle.ledger.update(
+            {name: PassCount(**count) for name, count in state["ledger"].items()}
+        )
+        self.earlier_seconds = state["seconds"]
+        self.method.load_state(
+            safetensors.torch.load_file(folder / _METHOD_STATE, device=str(self.args.device))
+        )
+
+    def _get_grad_norm(
+        self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None
+    ) -> float:
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        if not math.isfinite(norm):
+            raise NonFiniteError("gradient", norm)
+        return norm
+
+    def _draw(self, name: str, rows: int) -> Batch:
+        return self._sampler(name).draw(rows)
+
+    def _sampler(self, name: str) -> StreamSampler:
+        if name not in self.samplers:
+            chat, length = self.context.chat, self.settings.max_length
+            self.samplers[name] = StreamSampler(
+                [chat.encode(item, max_length=length) for item in self._examples(name)],
+                chat.collate,
+                seed=self.settings.seed,
+                name=name,
+            )
+        return self.samplers[name]
+
+    def _examples(self, name: str) -> list[Example]:
+        found = self.context.examples.get(name)
+        if not found:
+            given = ", ".join(self.context.examples) or "none"
+            raise InputError(
+                f"the method {self.method.name!r} draws from the stream {name!r}, "
+                f"which has no examples (streams given: {given})",
+                mend=f"give it examples for {name!r}",
+            )
+        return found
+
+
+def immunise(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, list[Example]],
+    method: Method,
+    config: TrainingConfig,
+    output_dir: Path,
+    *,
+    resume: bool = True,
+    on_log: Callable[[Row], None] | None = None,
+) -> ImmunisationResult:
+    """Train ``model`` with ``method`` and write the run folder.
+
+    Killed at any moment and called again with the same arguments, a run goes on from its newest
+    complete checkpoint and ends, on CPU, with the same weights bit for bit. A finished run is
+    loaded, not repeated.
+
+    Parameters
+    ----------
+    model
+        Float32 weights; trained in place.
+    examples
+        The streams.
+    output_dir
+        Gets ``config.yaml``, ``manifest.json``, ``history.jsonl``, ``model`` (safetensors and
+        tokenizer, no pickle), with LoRA ``adapter``, and ``checkpoints`` while the run lasts.
+    resume
+        ``False`` discards what an earlier run left in ``output_dir``.
+    on_log
+        Called with each new row of the history.
+
+    Raises
+    ------
+    InputError
+        The data, the launch or the folder cannot be used; before any training.
+    RunStoppedError
+        A term is inactive or not finite, or the user interrupted the run; the last complete
+        checkpoint is kept.
+    """
+    chat = ChatFormat(tokenizer)
+    folder = RunFolder(output_dir)
+    identity = _identity(model, chat, examples, method, config)
+    if resume:
+        folder.check(identity)
+        if folder.finished():
+            return folder.result(model)
+    starting_mode = model.training
+    use_cache = model.config.use_cache
+    plain: PreTrainedModel | PeftModel = model
+    if config.lora_rank is not None:
+        plain = attach_lora(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_targets,
+            seed=config.seed,
+        )
+    # Several passes of one step must see one network (`methods.md` S2): no dropout anywhere.
+    plain.eval()
+    recorder = Recorder(folder.history_file, on_log)
+    trainer = ImmunisationTrainer(
+        plain, chat, examples, method, config, folder.checkpoints, [recorder]
+    )
+    main = trainer.is_world_process_zero()
+    checkpoint = newest_complete(folder.checkpoints) if resume else None
+    # Nobody may still be looking at what the main process now clears away.
+    trainer.accelerator.wait_for_everyone()
+    if main:
+        trainer.context.output_dir = output_dir
+        folder.clear(keep=checkpoint)
+        folder.begin(identity, _settings(method, config), describe_space(plain))
+    try:
+        with stop_on_signal(trainer) as stop:
+            preparation = method.prepare(trainer.context)
+            if checkpoint is not None:
+                trainer.load_run_state(checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stop.requested and trainer.state.global_step < config.steps:
+            raise KeyboardInterrupt
+    except NonFiniteError as error:
+        raise folder.stopped(
+            main,
+            NonFiniteError(
+                error.term,
+                error.value,
+                f"{folder.last_good()}; lower the learning rate or the term's weight",
+            ),
+        ) from None
+    except RunStoppedError as error:
+        raise folder.stopped(main, error) from None
+    except KeyboardInterrupt:
+        raise folder.stopped(
+            main,
+            RunInterruptedError(
+                f"interrupted at step {trainer.state.global_step} of {config.steps}; "
+                f"{folder.last_good()}; the same command goes on from there"
+            ),
+        ) from None
+    finally:
+        plain.train(starting_mode)
+        plain.config.use_cache = use_cache
+    seconds = trainer.seconds
+    history = recorder.rows
+    if not main:
+        final, _ = merged(plain, tokenizer)
+    else:
+        if config.lora_rank is not None:
+            plain.save_pretrained(str(folder.root / "adapter"))
+        release = save_release(plain, tokenizer, folder.model)
+        final = release.model
+        folder.finish(
+            preparation=preparation,
+            seconds=seconds,
+            ledger=trainer.oracle.ledger,
+            hashes=release.hashes,
+            merge_difference=release.merge_difference,
+        )
+    trainer.accelerator.wait_for_everyone()
+    return ImmunisationResult(
+        model=final,
+        history=history,
+        ledger=trainer.oracle.ledger,
+        seconds=seconds,
+        output_dir=output_dir,
+    )
+
+
+class _Ticks(torch.utils.data.Dataset[dict[str, int]]):
+    """One index per step and process: the Trainer counts steps, the method draws the data."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"tick": index}
+
+
+def _arguments(config: TrainingConfig, output_dir: Path) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=config.steps,
+        per_device_train_batch_size=1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=("cosine" if config.schedule == "cosine" else "constant_with_warmup"),
+        warmup_steps=config.warmup_steps,
+        optim="adamw_torch_fused",
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=max(1, config.save_every),
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        report_to=list(config.report_to),
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    # Several GPUs in one process would be wrapped in DataParallel, which the oracle cannot use.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class _Keeper(TrainerCallback):
+    """Completes each checkpoint, and checks that the first real step moves the weights."""
+
+    def __init__(self, trainer: ImmunisationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if not self._trainer.change.done and self._trainer.context.learning_rate > 0:
+            self._trainer.change.before()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if not self._trainer.change.done and self._trainer.context.learning_rate > 0:
+            self._trainer.change.after()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        # Each process writes its own random state; the seal comes after the last of them.
+        self._trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            self._trainer.save_run_state(folder)
+            seal(folder)
+            discard_all_but(folder.parent, folder)
+        self._trainer.accelerator.wait_for_everyone()
+
+
+def _identity(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    examples: Mapping[str, list[Example]],
+    method: Method,
+    config: TrainingConfig,
+) -> dict[str, Any]:
+    """Return hashes of everything that decides the final weights."""
+    training = dataclasses.asdict(config)
+    for name in ("save_every", "log_every", "report_to"):
+        del training[name]
+    return {
+        "model": weights_hash(model),
+        "chat template": chat.template_hash,
+        "examples": sha256_of({name: fingerprint(rows) for name, rows in examples.items()}),
+        "method": sha256_of([method.name, dataclasses.asdict(method.config)]),
+        "training": sha256_of(training),
+        "version": mithridate.__version__,
+    }
+
+
+def _settings(method: Method, config: TrainingConfig) -> dict[str, Any]:
+    settings = {
+        "method": {"name": method.name} | dataclasses.asdict(method.config),
+        "training": dataclasses.asdict(config),
+    }
+    # YAML's safe form knows lists, not tuples.
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain

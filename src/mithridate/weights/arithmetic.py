@@ -1,0 +1,177 @@
+"""Arithmetic over a model's trainable weights, exact where exactness is promised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mithridate.errors import InputError
+
+Gradient = list[torch.Tensor]
+"""One tensor per trainable weight tensor, in `WeightSpace.tensors` order and shapes."""
+
+# Small enough for the cache: four times as fast as chunks of 1 << 22 on a CPU.
+_CHUNK = 1 << 18
+
+
+def dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    """Return the inner product over all weights, accumulated in float64.
+
+    Parameters
+    ----------
+    a, b
+        Gradients of equal shapes.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=a[0].device)
+    for left, right in zip(a, b, strict=True):
+        for x, y in zip(left.flatten().split(_CHUNK), right.flatten().split(_CHUNK), strict=True):
+            total += torch.dot(x.double(), y.double())
+    return float(total)
+
+
+def norm(a: Sequence[torch.Tensor]) -> float:
+    """Return the L2 norm over all weights, accumulated in float64."""
+    return math.sqrt(dot(a, a))
+
+
+class WeightSpace:
+    """The trainable weights of a model: the full model, or the factors of a LoRA adapter.
+
+    Tied weights are counted once (`methods.md` S2); frozen weights are absent.
+
+    Parameters
+    ----------
+    model
+        Any module with at least one parameter that requires a gradient.
+
+    Raises
+    ------
+    InputError
+        If nothing is trainable, or trainable weights are in half precision: a small step or a
+        perturb-and-restore vanishes there (`methods.md` P1).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not found:
+            raise InputError(
+                "the model has no trainable weights",
+                mend="unfreeze them (requires_grad_) or attach a LoRA adapter",
+            )
+        half = [name for name, p in found if p.dtype in (torch.bfloat16, torch.float16)]
+        if half:
+            raise InputError(
+                f"{len(half)} trainable weights are in half precision (first: {half[0]})",
+                mend="load the model with dtype=torch.float32; use autocast for speed",
+            )
+        self.names = [name for name, _ in found]
+        self.tensors: list[nn.Parameter] = [p for _, p in found]
+
+    @property
+    def count(self) -> int:
+        """Number of trainable weights, N."""
+        return sum(p.numel() for p in self.tensors)
+
+    @property
+    def bytes(self) -> int:
+        """Size of one parameter-sized buffer in bytes."""
+        return sum(p.numel() * p.element_size() for p in self.tensors)
+
+    def _data(self) -> list[torch.Tensor]:
+        return [p.data for p in self.tensors]
+
+    def zeros(self) -> Gradient:
+        """Return a fresh zero buffer."""
+        return [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self._data()]
+
+    def snapshot(self) -> Gradient:
+        """Return a copy of the weights (one buffer)."""
+        return [p.clone() for p in self._data()]
+
+    def restore(self, saved: Gradient) -> None:
+        """Set the weights to ``saved``, bit for bit."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._data(), saved)
+
+    def take_gradient(self) -> Gradient:
+        """Detach ``.grad`` from the weights and return it without copying."""
+        taken = [
+            torch.zeros_like(p.data) if p.grad is None else p.grad.detach() for p in self.tensors
+        ]
+        self.give_gradient(None)
+        return taken
+
+    def give_gradient(self, gradient: Gradient | None) -> None:
+        """Make ``gradient`` the weights' ``.grad`` without copying; ``None`` clears it."""
+        for index, p in enumerate(self.tensors):
+            p.grad = None if gradient is None else gradient[index]
+
+    def gradient(self) -> Gradient:
+        """Return the current ``.grad`` tensors themselves (zeros are put where there are none)."""
+        for p in self.tensors:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p.data)
+        return [p.grad for p in self.tensors if p.grad is not None]
+
+    def zero_gradient(self) -> None:
+        """Zero ``.grad`` in place, so that its memory is used again."""
+        torch._foreach_zero_(self.gradient())
+
+    def add_(self, *terms: tuple[float, Gradient]) -> None:
+        """Add the linear combination ``sum(coefficient * gradient)`` to the weights in place."""
+        with torch.no_grad():
+            for coefficient, gradient in terms:
+                torch._foreach_add_(self._data(), gradient, alpha=coefficient)
+
+    def travel(self, start: Gradient) -> float:
+        """Return the L2 distance of the weights from ``start``, accumulated in float64."""
+        total = torch.zeros((), dtype=torch.float64, device=start[0].device)
+        for here, there in zip(self._data(), start, strict=True):
+            for x, y in zip(
+                here.flatten().split(_CHUNK), there.flatten().split(_CHUNK), strict=True
+            ):
+                total += (x.double() - y.double()).square().sum()
+        return math.sqrt(float(total))
+
+    @contextmanager
+    def kept(self) -> Iterator[Gradient]:
+        """Run the body, then restore the weights bit for bit, also when the body raises.
+
+        Yields
+        ------
+        Gradient
+            The copy of the weights (one buffer) that will be restored.
+        """
+        saved = self.snapshot()
+        try:
+            yield saved
+        finally:
+            self.restore(saved)
+
+    @contextmanager
+    def shifted(self, *terms: tuple[float, Gradient]) -> Iterator[None]:
+        """Run the body at ``weights + sum(coefficient * gradient)``; restore as `kept` does.
+
+        The direction is formed element by element and never stored, so the cost is one buffer
+        (the saved weights).
+        """
+        with self.kept():
+            self.add_(*terms)
+            yield
+
+
+def scale_(gradient: Gradient, factor: float) -> None:
+    """Multiply a gradient in place."""
+    torch._foreach_mul_(gradient, factor)
+
+
+def bound_(gradient: Gradient, limit: float = 1.0) -> float:
+    """Scale ``gradient`` in place to an L2 norm of at most ``limit``; return the norm before."""
+    size = norm(gradient)
+    if size > limit:
+        scale_(gradient, limit / size)
+    return size

@@ -1,0 +1,168 @@
+"""Losses over the label positions of a batch, as sums: the oracle divides by the whole step.
+
+Every loss is a function ``(model, batch) -> scalar`` that sums over label positions, in float32
+or better (`methods.md` §2.4). Only label positions are projected onto the vocabulary where the
+model allows it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from mithridate.chat import IGNORE, Batch
+from mithridate.errors import InputError
+
+Loss = Callable[[nn.Module, Batch], torch.Tensor]
+
+_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
+
+
+def _forward_parameters(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def _innermost(model: nn.Module) -> Any:
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits that predict the answer tokens, and those tokens.
+
+    Parameters
+    ----------
+    model
+        A causal language model.
+    batch
+        ``labels`` are `IGNORE` outside the answers.
+
+    Returns
+    -------
+    logits
+        Shape (label positions, vocabulary), float32 or float64.
+    targets
+        Shape (label positions,), token ids.
+    """
+    logits, targets, _ = _answer_outputs(model, batch)
+    return logits, targets
+
+
+def _answer_outputs(
+    model: nn.Module, batch: Batch, *, hidden: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return `answer_logits` and, for each index in ``hidden``, that hidden state there."""
+    targets = batch.labels[:, 1:]
+    wanted = targets != IGNORE
+    first = int(wanted.any(dim=0).nonzero()[0])
+    keep = targets.shape[1] + 1 - first
+    extra: dict[str, int | bool] = {}
+    if "logits_to_keep" in _forward_parameters(type(_innermost(model))):
+        extra["logits_to_keep"] = keep
+    if hidden:
+        extra["output_hidden_states"] = True
+    output = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra
+    )
+    chosen = wanted[:, first:]
+    states = [output.hidden_states[index][:, -keep:-1][chosen] for index in hidden]
+    return widen(output.logits[:, -keep:-1][chosen]), targets[:, first:][chosen], states
+
+
+def widen(logits: torch.Tensor) -> torch.Tensor:
+    """Return ``logits`` in float32 or better: softmax and entropy are not taken in half."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def answer_cross_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the summed cross-entropy of the answer tokens: plain SFT (nats)."""
+    logits, targets = answer_logits(model, batch)
+    return functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def uniform_collapse(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the summed KL(uniform || p) at the answer positions (`methods.md` §13, U)."""
+    logits, _ = answer_logits(model, batch)
+    return uniform_divergence(logits).sum()
+
+
+def uniform_divergence(logits: torch.Tensor) -> torch.Tensor:
+    """Return KL(uniform || softmax(logits)) per row, in nats; zero at equal logits."""
+    return logits.logsumexp(dim=-1) - logits.mean(dim=-1) - math.log(logits.shape[-1])
+
+
+def token_collapse(token_id: int) -> Loss:
+    """Return the loss -log p(e | true context) at every answer position (CTRAP's collapse loss)."""
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        logits, _ = answer_logits(model, batch)
+        return functional.cross_entropy(
+            logits, torch.full((len(logits),), token_id, device=logits.device), reduction="sum"
+        )
+
+    return loss
+
+
+def token_probability(token_id: int) -> Loss:
+    """Return the sum of p(e | true context) over the answer positions; for logging."""
+
+    def total(model: nn.Module, batch: Batch) -> torch.Tensor:
+        logits, _ = answer_logits(model, batch)
+        return logits.softmax(dim=-1)[:, token_id].sum()
+
+    return total
+
+
+def layerwise_cross_entropy(
+    model: nn.Module, batch: Batch, layers: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed answer cross-entropy of the output, and that of inner layers together.
+
+    Parameters
+    ----------
+    model
+        A causal language model whose final norm `final_norm` finds.
+    batch
+        Only its label positions are projected onto the vocabulary.
+    layers
+        Indices into the hidden states (0 is the embedding), each read through the final norm and
+        the output head.
+
+    Returns
+    -------
+    output, lens
+        Scalars in nats; ``lens`` sums over ``layers`` and is 0 without any.
+    """
+    logits, targets, states = _answer_outputs(model, batch, hidden=layers)
+    output = functional.cross_entropy(logits, targets, reduction="sum")
+    lens = torch.zeros_like(output)
+    if states:
+        norm, head = final_norm(model), _innermost(model).get_output_embeddings()
+
+        def read(state: torch.Tensor) -> torch.Tensor:
+            return functional.cross_entropy(widen(head(norm(state))), targets, reduction="sum")
+
+        for state in states:
+            # One (positions, vocabulary) matrix at a time: all layers' together would not fit.
+            lens = lens + checkpoint(read, state, use_reentrant=False, preserve_rng_state=False)
+    return output, lens
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """Return the norm between the last layer and the output head, found by its name."""
+    body = _innermost(model).base_model
+    for name in _FINAL_NORMS:
+        found = getattr(body, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise InputError(
+        f"no final norm found in {type(body).__name__} (looked for {', '.join(_FINAL_NORMS)})",
+        mend="choose a term that reads no inner layers, for example unlearning: log",
+    )

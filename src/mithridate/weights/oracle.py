@@ -1,0 +1,239 @@
+"""`GradientOracle`: the one place that runs forward and backward passes, and counts them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import distributed, nn
+
+from mithridate.chat import Batch
+from mithridate.errors import InactiveTermError, NonFiniteError
+from mithridate.weights.arithmetic import Gradient, WeightSpace, scale_
+from mithridate.weights.losses import Loss
+
+
+@dataclass
+class PassCount:
+    """What one purpose has cost so far on this process.
+
+    ``forwards`` and ``backwards`` count traversals, a backward call that walks two graphs is one;
+    ``tokens`` are real (not padded) tokens that went through a forward pass.
+    """
+
+    forwards: int = 0
+    backwards: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+class GradientOracle:
+    """Answers "the gradient of this loss, on this batch, at these weights, times this number".
+
+    A batch is split into micro-batches, and over the processes of a distributed launch; the mean
+    is always over the label positions of the *whole* batch (`methods.md` §2.4, A1), so neither
+    split changes a result. Every process must be given the identical batch.
+
+    Parameters
+    ----------
+    model
+        The causal language model, unwrapped.
+    micro_batch_size
+        Rows per pass; ``None`` takes the whole batch at once.
+    autocast
+        Run passes under bfloat16 autocast. Passes that a finite difference depends on ask for
+        true float32 with `full_precision`.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, micro_batch_size: int | None = None, autocast: bool = False
+    ) -> None:
+        self.model = model
+        self.space = WeightSpace(model)
+        self.micro_batch_size = micro_batch_size
+        self.autocast = autocast
+        self.ledger: dict[str, PassCount] = {}
+        self._process = psutil.Process()
+        self._device = self.space.tensors[0].device
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Run the body's passes in true float32: no autocast, no TF32 (`methods.md` P3, F2)."""
+        before, self.autocast = self.autocast, False
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            self.autocast = before
+            torch.set_float32_matmul_precision(precision)
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """Return this process's share of ``batch``, cut into micro-batches.
+
+        Every call with the same batch gives identical tensors (`methods.md` A2).
+        """
+        if batch.label_count == 0:
+            raise InactiveTermError("a batch without a single answer token reached the oracle")
+        size = self.micro_batch_size or len(batch)
+        world, rank = _world()
+        size = min(size, -(-len(batch) // world))
+        pieces = [batch.rows(start, start + size) for start in range(0, len(batch), size)]
+        return [piece.trimmed().to(self._device) for piece in pieces[rank::world]]
+
+    def accumulate(
+        self, loss: Loss, batch: Batch, *, purpose: str, coefficient: float = 1.0
+    ) -> float:
+        """Add ``coefficient`` times the gradient of the mean loss to the weights' ``.grad``.
+
+        Returns
+        -------
+        float
+            The mean loss over the label positions of the whole batch, without the coefficient.
+        """
+        count = batch.label_count
+        if _world()[0] > 1 and self.space.tensors[0].grad is not None:
+            # The sum over processes below would otherwise count what is already there once each.
+            scale_(self.space.gradient(), 1 / _world()[0])
+        total = 0.0
+        for piece in self.micro_batches(batch):
+            (value,) = self.backward(
+                lambda piece=piece: (loss(self.model, piece) * (coefficient / count),),  # type: ignore[misc]
+                tokens=piece.tokens,
+                purpose=purpose,
+            )
+            total += value
+        self.reduce(self.space.gradient())
+        return self.all_sum(total) / coefficient
+
+    def gradient(self, loss: Loss, batch: Batch, *, purpose: str) -> tuple[Gradient, float]:
+        """Return the gradient of the mean loss as a fresh buffer, and the loss.
+
+        The weights' ``.grad`` is left as it was.
+        """
+        with self.fresh_gradient() as taken:
+            value = self.accumulate(loss, batch, purpose=purpose)
+        return taken, value
+
+    @contextmanager
+    def fresh_gradient(self) -> Iterator[Gradient]:
+        """Run the body with an empty ``.grad``; fill the yielded list with what it accumulated."""
+        before = [p.grad for p in self.space.tensors]
+        self.space.give_gradient(None)
+        taken: Gradient = []
+        try:
+            yield taken
+            taken.extend(self.space.take_gradient())
+        finally:
+            for p, grad in zip(self.space.tensors, before, strict=True):
+                p.grad = grad
+
+    def backward(
+        self,
+        forward: Callable[[], Sequence[torch.Tensor]],
+        *,
+        tokens: int,
+        purpose: str,
+        into: Sequence[Gradient | None] = (None,),
+        forwards: int = 1,
+    ) -> list[float]:
+        """Run one forward pass, then one backward call per term it returns.
+
+        Parameters
+        ----------
+        forward
+            Returns scalar terms, each already normalised.
+        into
+            For each term the buffer its gradient is added to; ``None`` means ``.grad``.
+        forwards
+            Traversals that ``forward`` makes.
+
+        Returns
+        -------
+        list of float
+            The terms' values.
+        """
+        count = self.ledger.setdefault(purpose, PassCount())
+        started = time.perf_counter()
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast):
+            terms = list(forward())
+        count.peak_bytes = max(count.peak_bytes, self._memory())
+        values = []
+        for index, (term, target) in enumerate(zip(terms, into, strict=True)):
+            value = float(term.detach())
+            if value != value or value in (float("inf"), float("-inf")):
+                raise NonFiniteError(purpose, value)
+            values.append(value)
+            last = index == len(terms) - 1
+            if target is None:
+                term.backward(retain_graph=not last)
+            else:
+                held = [p.grad for p in self.space.tensors]
+                self.space.give_gradient(target)
+                try:
+                    term.backward(retain_graph=not last)
+                finally:
+                    for p, grad in zip(self.space.tensors, held, strict=True):
+                        p.grad = grad
+        count.peak_bytes = max(count.peak_bytes, self._memory())
+        count.forwards += forwards
+        count.backwards += len(terms)
+        count.tokens += tokens
+        count.seconds += time.perf_counter() - started
+        return values
+
+    def loss(self, loss: Loss, batch: Batch, *, purpose: str) -> float:
+        """Return the mean loss over the whole batch, without a gradient."""
+        count = self.ledger.setdefault(purpose, PassCount())
+        started = time.perf_counter()
+        total = 0.0
+        with (
+            torch.no_grad(),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast),
+        ):
+            for piece in self.micro_batches(batch):
+                total += float(loss(self.model, piece))
+                count.forwards += 1
+                count.tokens += piece.tokens
+        count.seconds += time.perf_counter() - started
+        return self.all_sum(total) / batch.label_count
+
+    def reduce(self, gradient: Gradient) -> None:
+        """Sum ``gradient`` over the processes of a distributed launch, in place (D1)."""
+        if _world()[0] > 1:
+            for tensor in gradient:
+                distributed.all_reduce(tensor)
+
+    def all_sum(self, value: float) -> float:
+        """Return ``value`` summed over the processes."""
+        if _world()[0] == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self._device)
+        distributed.all_reduce(tensor)
+        return float(tensor)
+
+    @property
+    def processes(self) -> int:
+        """Processes of the launch, each of which is given the same batches."""
+        return _world()[0]
+
+    @property
+    def backwards(self) -> int:
+        """Backward calls so far, over all purposes."""
+        return sum(count.backwards for count in self.ledger.values())
+
+    def _memory(self) -> int:
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        return int(self._process.memory_info().rss)
+
+
+def _world() -> tuple[int, int]:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(), distributed.get_rank()
+    return 1, 0

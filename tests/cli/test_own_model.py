@@ -1,0 +1,201 @@
+"""`immunise`, `attack` and `report` on a user's own model and data, from files to page."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mithridate.attacking import AttackPlan, run_attack
+from mithridate.errors import InputError
+from mithridate.events import Event
+from mithridate.immunisation import ImmunisationPlan, run_immunisation
+from tests.cli.test_app import run
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder and the files of every stream."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny_llama(dtype=torch.float32).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    for offset, name in enumerate(("harmful", "refusal", "benign", "eval", "permitted")):
+        rows = [
+            {"prompt": f"w{offset} w{offset + 5} w{n}", "answer": f"w{n % 9} w{offset}"}
+            for n in range(10)
+        ]
+        if name == "refusal":
+            rows = [{"prompt": row["prompt"], "answer": "error"} for row in rows]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def immunisation(world: Path, folder: Path, **changes: Any) -> ImmunisationPlan:
+    values: dict[str, Any] = {
+        "model": str(world / "model"),
+        "method": "sft",
+        "streams": {
+            name: str(world / f"{name}.jsonl") for name in ("harmful", "refusal", "benign")
+        },
+        "steps": 3,
+        "output_dir": folder,
+    }
+    return ImmunisationPlan(**{**values, **changes})
+
+
+def attack(world: Path, folder: Path, **changes: Any) -> AttackPlan:
+    values: dict[str, Any] = {
+        "model": str(world / "model"),
+        "harmful": str(world / "harmful.jsonl"),
+        "evaluation": str(world / "eval.jsonl"),
+        "learning_rates": (1e-3,),
+        "steps": 2,
+        "output_dir": folder,
+    }
+    return AttackPlan(**{**values, **changes})
+
+
+@pytest.mark.filterwarnings("ignore:--general not given", "ignore:sft does not use")
+def test_immunised_folder_loads_and_says_what_was_done(world: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    document = run_immunisation(immunisation(world, tmp_path), on_event=events.append)
+    AutoModelForCausalLM.from_pretrained(document["model"])
+    AutoTokenizer.from_pretrained(document["model"])
+    assert not [*Path(document["model"]).rglob("*.bin"), *Path(document["model"]).rglob("*.pt")]
+    assert document["substituted_streams"] == {"general": "benign"}
+    assert events[-1].step == events[-1].total == 3
+    assert "retain" in events[-1].metrics
+    resolved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert resolved["training"]["steps"] == 3
+
+
+def test_streams_that_serve_nobody_or_stand_in_are_said(world: Path, tmp_path: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="stream benign serves as general"),
+        pytest.warns(UserWarning, match="does not use the stream harmful"),
+    ):
+        run_immunisation(immunisation(world, tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:--general not given", "ignore:sft does not use")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "seem"}, "did you mean 'seam'"),
+        ({"streams": {}}, "refusal, benign, general not given"),
+        ({"model": "no/such/place"}, "no such model folder"),
+    ],
+)
+def test_plans_that_cannot_run_are_refused(
+    world: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_immunisation(immunisation(world, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("metod: {}", "unknown section 'metod'"),
+        ("method: 3", "not a mapping"),
+        ("method: {name: seam}", "for the method 'seam'"),
+        ("method: {batch_sise: 3}", "did you mean 'batch_size'"),
+        ("training: {learning_rate: -1}", "not a positive number"),
+        ("training: {stepz: 1, lerning_rate: 2}", "stepz.*lerning_rate"),
+    ],
+)
+def test_bad_configuration_is_refused(world: Path, tmp_path: Path, text: str, message: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    with pytest.raises(InputError, match=message):
+        run_immunisation(immunisation(world, tmp_path / "out", config=config))
+    assert not (tmp_path / "out").exists()
+
+
+def test_overlapping_streams_are_refused(world: Path, tmp_path: Path) -> None:
+    path = str(world / "harmful.jsonl")
+    streams = {"refusal": str(world / "refusal.jsonl"), "benign": path, "general": path}
+    with pytest.raises(InputError, match=r"row 1 = row 1"):
+        run_immunisation(immunisation(world, tmp_path, streams=streams))
+    with pytest.raises(InputError, match=r"row 1 = row 1"):
+        run_attack(attack(world, tmp_path, evaluation=path))
+
+
+def test_attack_with_a_control_makes_a_run_folder(world: Path, tmp_path: Path) -> None:
+    plan = attack(
+        world,
+        tmp_path,
+        undefended=str(world / "model"),
+        permitted=str(world / "permitted.jsonl"),
+        keep_answers=True,
+    )
+    summary = run_attack(plan)
+    assert summary["undefended"]["after"] == summary["defended"]["after"], "same model, same attack"
+    rows = [json.loads(line) for line in (tmp_path / "trajectory.jsonl").read_text().splitlines()]
+    assert [(row["target"], row["step"]) for row in rows] == [
+        ("undefended", 0),
+        ("undefended", 2),
+        ("defended", 0),
+        ("defended", 2),
+    ]
+    assert all(abs(sum(row["outcomes"].values()) - 1) < 1e-9 for row in rows)
+    assert rows[1]["answer_loss"] != rows[0]["answer_loss"]
+    assert stat.S_IMODE((tmp_path / "samples.json").stat().st_mode) == 0o600
+    assert not list(tmp_path.rglob("*.safetensors")), "attacked weights are not kept"
+
+
+def test_texts_stay_out_of_the_folder_unless_asked_for(world: Path, tmp_path: Path) -> None:
+    run_attack(attack(world, tmp_path))
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert "w0 w5" not in path.read_text(), path
+    assert not (tmp_path / "samples.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("attack: {learning_rate: 1}", "given on the command line"),
+        ("attacks: {}", "something else"),
+        ("attack: {optimiser: adamm}", "unknown optimiser"),
+    ],
+)
+def test_bad_attack_configuration_is_refused(
+    world: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    config = tmp_path / "attack.yaml"
+    config.write_text(text)
+    with pytest.raises(InputError, match=message):
+        run_attack(attack(world, tmp_path, config=config))
+
+
+def test_the_three_commands_follow_each_other(world: Path, tmp_path: Path) -> None:
+    model, planted = str(world / "model"), str(tmp_path / "planted")
+    files = {name: str(world / f"{name}.jsonl") for name in ("harmful", "refusal", "benign")}
+    given = [word for name, path in files.items() for word in (f"--{name}", path)]
+    document = json.loads(
+        run(
+            "immunise", "--model", model, "--method", "sft", *given,
+            "--steps", "2", "--output-dir", planted, "--json",
+        ).stdout
+    )  # fmt: skip
+    attacked = str(tmp_path / "attacked")
+    summary = json.loads(
+        run(
+            "attack", "--model", document["model"], "--undefended", model,
+            "--harmful", files["harmful"], "--eval", str(world / "eval.jsonl"),
+            "--permitted", str(world / "permitted.jsonl"), "--learning-rate", "1e-3",
+            "--steps", "2", "--output-dir", attacked, "--json",
+        ).stdout
+    )  # fmt: skip
+    assert {"undefended", "defended", "attack", "seed"} <= set(summary)
+    assert json.loads(run("report", attacked, "--json").stdout)["bytes"] > 10_000

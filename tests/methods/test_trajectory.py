@@ -1,0 +1,285 @@
+"""The trajectory trap against hand-composed steps, its parts one by one, and its resume."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mithridate.errors import InputError
+from mithridate.methods.trajectory import Trajectory, TrajectoryConfig, Walker, benign_task
+from mithridate.weights import dot, norm
+from mithridate.weights.arithmetic import bound_
+from mithridate.weights.losses import uniform_divergence
+from tests.tiny import (
+    FULL,
+    flat,
+    gradient_of,
+    mean_loss,
+    relative_error,
+    tiny_context,
+    tiny_examples,
+    tiny_llama,
+    tiny_model,
+    weights_of,
+)
+
+ONE = {"attack_steps": (1, 1), "benign_steps": (1, 1), "attack_rows": 4, "batch_size": 4}
+
+
+def mean_divergence(model, batch):
+    """KL(uniform || p), written a second time."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = logits[:, :-1][batch.labels[:, 1:] != -100]
+    size = logits.shape[-1]
+    return (-(logits.log_softmax(-1)).sum(-1) / size - math.log(size)).mean()
+
+
+class Spy:
+    """Notes every batch that reaches the oracle, with the weights at that time."""
+
+    def __init__(self, context):
+        self.seen = []
+        accumulate = context.oracle.accumulate
+
+        def noting(loss, batch, *, purpose, coefficient=1.0):
+            self.seen.append((purpose, batch, context.space.snapshot()))
+            return accumulate(loss, batch, purpose=purpose, coefficient=coefficient)
+
+        context.oracle.accumulate = noting
+
+    def of(self, purpose):
+        return [(batch, weights) for name, batch, weights in self.seen if name == purpose]
+
+
+def at(model, weights, loss, batch):
+    """The gradient of ``loss`` with ``weights`` put in place."""
+    before = [weight.detach().clone() for weight in weights_of(model)]
+    with torch.no_grad():
+        for weight, value in zip(weights_of(model), weights, strict=True):
+            weight.copy_(value)
+    found = gradient_of(model, loss(model, batch))
+    with torch.no_grad():
+        for weight, value in zip(weights_of(model), before, strict=True):
+            weight.copy_(value)
+    return found
+
+
+def bounded(gradient, weight):
+    size = float(flat(gradient).norm())
+    return [tensor * weight * min(1.0, 1.0 / size) for tensor in gradient]
+
+
+def test_the_combined_gradient_is_the_hand_composed_one(space):
+    model = tiny_model(space)
+    context = tiny_context(model)
+    spy = Spy(context)
+    Trajectory(TrajectoryConfig(**ONE, collapse_weight=0.7, benign_weight=0.3)).step(context)
+    ((collapse_batch, theta_h),) = spy.of("collapse")
+    ((retention_batch, theta_b),) = spy.of("retention")
+    ((retain_batch, theta),) = spy.of("retain")
+    expected = [
+        a + b + c
+        for a, b, c in zip(
+            bounded(at(model, theta_h, mean_divergence, collapse_batch), 0.7),
+            bounded(at(model, theta_b, mean_loss, retention_batch), 0.3),
+            at(model, theta, mean_loss, retain_batch),
+            strict=True,
+        )
+    ]
+    assert relative_error(context.space.gradient(), expected) < 1e-8
+
+
+@pytest.mark.parametrize("simulator", ["steps", "stored"])
+def test_the_simulated_attacker_is_torch_s_adamw_bit_for_bit(simulator):
+    model, twin = tiny_llama(dtype=torch.float32), tiny_llama(dtype=torch.float32)
+    context = tiny_context(model)
+    spy = Spy(context)
+    config = TrajectoryConfig(**ONE | {"attack_steps": (3, 3)}, simulator=simulator,
+                              benign_weight=0.0, attack_learning_rate=(1e-3, 1e-3))  # fmt: skip
+    Trajectory(config).step(context)
+    optimiser = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    for batch, _ in spy.of("attack"):
+        optimiser.zero_grad()
+        mean_loss(twin, batch).backward()
+        bound_([weight.grad for weight in twin.parameters()])
+        optimiser.step()
+    ((_, theta_h),) = spy.of("collapse")
+    assert len(spy.of("attack")) == 3
+    # The oracle projects label positions only, so gradients agree to rounding, not to the bit.
+    assert float((flat(theta_h) - flat(twin.parameters())).abs().max()) < 2e-4
+    assert (
+        float((flat(theta_h) - flat(tiny_llama(dtype=torch.float32).parameters())).abs().max())
+        > 2e-3
+    )
+
+
+def test_weights_are_restored_bit_for_bit(space):
+    model = tiny_model(space, dtype=torch.float32)
+    before = [weight.detach().clone() for weight in weights_of(model)]
+    for simulator in ("steps", "stored", "jump"):
+        context = tiny_context(model)
+        Trajectory(TrajectoryConfig(**ONE, simulator=simulator)).step(context)
+        assert all(torch.equal(a, b) for a, b in zip(weights_of(model), before, strict=True))
+
+
+def test_no_weight_means_plain_retain_training_and_no_inner_pass(space):
+    model = tiny_model(space)
+    context = tiny_context(model)
+    spy = Spy(context)
+    method = Trajectory(TrajectoryConfig(**ONE, collapse_weight=0.0, benign_weight=0.0))
+    method.step(context)
+    assert [name for name, _, _ in spy.seen] == ["retain"]
+    assert context.oracle.backwards == method.passes_per_step == 1
+    ((batch, _),) = spy.of("retain")
+    assert (
+        relative_error(context.space.gradient(), gradient_of(model, mean_loss(model, batch)))
+        < 1e-10
+    )
+
+
+@pytest.mark.parametrize("simulator", ["steps", "jump"])
+def test_inner_passes_are_counted(simulator):
+    context = tiny_context(tiny_llama())
+    method = Trajectory(TrajectoryConfig(**ONE | {"attack_steps": (2, 2)}, simulator=simulator))
+    method.step(context)
+    assert context.oracle.backwards == method.passes_per_step
+    assert context.oracle.ledger["attack"].backwards == (2 if simulator == "steps" else 1)
+
+
+def test_jump_is_one_signed_step_of_the_planned_length():
+    model = tiny_llama()
+    context = tiny_context(model)
+    spy = Spy(context)
+    config = TrajectoryConfig(**ONE, simulator="jump", horizon=(7, 7), benign_weight=0.0,
+                              attack_learning_rate=(1e-3, 1e-3))  # fmt: skip
+    terms = Trajectory(config).step(context)
+    ((batch, theta),) = spy.of("attack")
+    ((_, theta_h),) = spy.of("collapse")
+    moved = [a - b for a, b in zip(theta_h, theta, strict=True)]
+    expected = [-7e-3 * tensor.sign() for tensor in at(model, theta, mean_loss, batch)]
+    assert relative_error(moved, expected) < 1e-9
+    assert terms["attack_travel"] == pytest.approx(norm(expected))
+
+
+def test_a_stored_attacker_goes_on_from_where_it_was_and_starts_again():
+    context = tiny_context(tiny_llama())
+    method = Trajectory(
+        TrajectoryConfig(**ONE | {"attack_steps": (2, 2)}, simulator="stored", horizon=(6, 6))
+    )
+    ages = []
+    travels = []
+    for step in range(5):
+        context.step = step
+        terms = method.step(context)
+        ages.append(terms["attack_age"])
+        travels.append(terms["attack_travel"])
+    assert ages == [2, 4, 6, 2, 4]
+    assert travels[0] < travels[1] < travels[2] > travels[3]
+
+
+def test_a_reloaded_state_gives_the_same_step_bit_for_bit():
+    def run(reload):
+        model = tiny_llama(dtype=torch.float32)
+        context = tiny_context(model)
+        config = TrajectoryConfig(**ONE, simulator="stored", horizon=(6, 6))
+        method = Trajectory(config)
+        for step in range(3):
+            context.step = step
+            context.space.give_gradient(None)
+            method.step(context)
+            if reload and step == 1:
+                state = {name: tensor.clone() for name, tensor in method.state().items()}
+                method = Trajectory(config)
+                method.load_state(state)
+        return flat(context.space.gradient())
+
+    assert torch.equal(run(reload=False), run(reload=True))
+
+
+def test_divergence_is_zero_at_uniform_with_the_stated_gradient():
+    logits = torch.zeros(3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.allclose(uniform_divergence(logits), torch.zeros(3, dtype=torch.float64))
+    logits = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    uniform_divergence(logits).sum().backward()
+    assert torch.allclose(logits.grad, logits.detach().softmax(-1) - 1 / 7)
+
+
+def test_bound_caps_the_norm_and_leaves_small_gradients():
+    big, small = [torch.full((4,), 2.0)], [torch.full((4,), 0.1)]
+    assert bound_(big) == pytest.approx(4.0)
+    assert norm(big) == pytest.approx(1.0)
+    assert bound_(small) == pytest.approx(0.2)
+    assert torch.equal(small[0], torch.full((4,), 0.1))
+
+
+def test_eight_rows_equal_eight_micro_batches(space):
+    model = tiny_model(space)
+    found = []
+    for size in (None, 1):
+        context = tiny_context(model, micro_batch_size=size)
+        context.space.give_gradient(None)
+        Trajectory(TrajectoryConfig(**ONE | {"batch_size": 8})).step(context)
+        found.append(flat(context.space.gradient()))
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-6
+
+
+def test_collapse_rises_less_after_training_on_the_term():
+    """Twenty steps on the collapse term alone bring the simulated end nearer to uniform."""
+    model = tiny_llama()
+    context = tiny_context(model)
+    method = Trajectory(TrajectoryConfig(**ONE, benign_weight=0.0, collapse_weight=1.0,
+                                         attack_learning_rate=(1e-2, 1e-2)))  # fmt: skip
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
+    found = []
+    for step in range(25):
+        context.step = step
+        context.space.give_gradient(None)
+        found.append(method.step(context)["collapse"])
+        optimiser.step()
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+
+def test_benign_tasks_are_new_and_of_one_category():
+    rows = tiny_examples()["benign"]
+    from random import Random
+
+    for seed in range(20):
+        task, category = benign_task(rows, ("relabel",), Random(seed))
+        assert {row.category for row in task} == {category}
+        assert sorted({row.answer for row in task}) == sorted(
+            {row.answer for row in rows if row.category == category}
+        )
+    task, _ = benign_task(rows, ("reorder",), Random(0))
+    originals = {row.prompt: row.answer for row in rows}
+    assert all(row.answer.split() == originals[row.prompt].split()[::-1] for row in task)
+
+
+def test_one_benign_category_is_refused():
+    context = tiny_context(tiny_llama())
+    context.examples["benign"] = [replace(row, category="") for row in context.examples["benign"]]
+    with pytest.raises(InputError, match="one category"):
+        Trajectory(TrajectoryConfig()).prepare(context)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attack_steps": (0, 3)},
+        {"horizon": (5, 2)},
+        {"attack_learning_rate": (0.0, 1e-3)},
+        {"benign_weight": -1.0},
+        {"batch_size": 1},
+        {"collapse_target": "token"},
+        {"benign_tasks": ()},
+    ],
+)
+def test_bad_options_are_named(options):
+    with pytest.raises(InputError):
+        TrajectoryConfig(**options)
+
+
+def test_a_walker_without_a_start_has_only_counters():
+    assert set(Walker("attack").state()) == {"attack.counters"}
+    assert dot([torch.ones(2)], [torch.ones(2)]) == 2.0
+    assert FULL == "full"

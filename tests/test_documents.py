@@ -1,0 +1,43 @@
+"""What the documents tell a reader to type, exists; what they link to, is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_app import COMMANDS, run
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_in_the_documents_exists(command: str) -> None:
+    options = set(re.findall(r"--[a-z][a-z-]*", run(command, "--help").stdout))
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(rf"mithridate {command}([^`\n|]*)", text):
+            assert set(re.findall(r"--[a-z][a-z-]*", line)) <= options, (document.name, line)
+
+
+def test_every_command_in_the_documents_exists() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        named = re.findall(r"(?:`|\$ )mithridate ([a-z]+)", text)
+        assert set(named) <= set(COMMANDS), document.name
+
+
+def test_every_make_target_in_the_documents_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in DOCUMENTS:
+        named = re.findall(r"(?:`|\$ )make ([a-z-]+)", document.read_text(encoding="utf-8"))
+        assert set(named) <= targets, document.name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target

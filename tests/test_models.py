@@ -1,0 +1,93 @@
+"""Bad model folders and too little room are named before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mithridate import models
+from mithridate.errors import InputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_whole_folder_passes_and_is_counted(folder: Path) -> None:
+    models.check_model_folder(folder)
+    assert models.count_parameters(folder) == 17
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "no config.json"),
+        ("tokenizer.json", "no tokenizer"),
+        ("model.safetensors", "no weights"),
+    ],
+)
+def test_missing_part_is_named(folder: Path, missing: str, message: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(InputError, match=message):
+        models.load(str(folder))
+
+
+def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json; no tokenizer .*; no weights"):
+        models.check_model_folder(tmp_path)
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="only as pickle") as caught:
+        models.check_model_folder(folder)
+    assert "safetensors" in caught.value.mend
+
+
+def test_missing_shard_is_named(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "c": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"model-2\.safetensors, which is not there"):
+        models.check_model_folder(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0{"])
+def test_torn_weights_are_refused(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        models.count_parameters(folder)
+
+
+def test_path_that_is_not_there_is_not_looked_up_on_the_hub() -> None:
+    with pytest.raises(InputError, match="no such model folder"):
+        models.load("./no/such/model")
+
+
+def test_folder_that_transformers_cannot_load_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="cannot be loaded"):
+        models.load(str(folder))
+
+
+def test_room_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = models.requirements(135_000_000, copies=5, checkpoints=1)
+    assert 3.5 < needed.memory / 2**30 < 5
+    assert 2 < needed.disk / 1e9 < 2.5
+    monkeypatch.setattr(models, "available_memory", lambda: 2**30)
+    with pytest.raises(InputError, match="too little memory"):
+        models.check_room(needed, tmp_path)
+    monkeypatch.setattr(models, "available_memory", lambda: 2**40)
+    monkeypatch.setattr(models, "free_space", lambda path: 2**20)
+    with pytest.raises(InputError, match="too little disk"):
+        models.check_room(needed, tmp_path / "not" / "yet")
+
+
+def test_free_space_of_a_folder_to_be_made(tmp_path: Path) -> None:
+    assert models.free_space(tmp_path / "a" / "b") > 0

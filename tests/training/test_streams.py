@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mithridate.chat import Encoded
+from mithridate.errors import InputError
+from mithridate.training import StreamSampler
+
+
+def sampler(count=7, seed=0, name="benign"):
+    rows = [Encoded([n, n], 1) for n in range(count)]
+    return StreamSampler(
+        rows, lambda drawn: [row.input_ids[0] for row in drawn], seed=seed, name=name
+    )
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    drawn = sampler().draw(21)
+    epochs = [tuple(drawn[n : n + 7]) for n in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) == 3
+
+
+@given(
+    count=st.integers(1, 9),
+    before=st.lists(st.integers(1, 12), max_size=4),
+    after=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+)
+def test_a_saved_position_goes_on_with_the_same_rows(count, before, after):
+    first = sampler(count)
+    for rows in before:
+        first.draw(rows)
+    second = sampler(count)
+    second.load_state_dict(first.state_dict())
+    assert [first.draw(rows) for rows in after] == [second.draw(rows) for rows in after]
+
+
+def test_batch_sizes_do_not_change_the_order():
+    one, three = sampler(), sampler()
+    assert [one.draw(1)[0] for _ in range(12)] == [row for _ in range(4) for row in three.draw(3)]
+
+
+def test_seed_and_name_decide_the_order():
+    orders = [sampler(40, seed, name).draw(40) for seed in (0, 1) for name in ("benign", "refusal")]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_state_of_another_stream_is_refused():
+    state = sampler(7).state_dict()
+    with pytest.raises(InputError, match="7 rows, this run's has 0 and 8"):
+        sampler(8).load_state_dict(state)
+    with pytest.raises(InputError, match="seed"):
+        sampler(7, seed=1).load_state_dict(state)
+
+
+def test_an_empty_stream_is_refused_by_name():
+    with pytest.raises(InputError, match="'benign' has no examples"):
+        sampler(0)

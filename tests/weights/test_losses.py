@@ -1,0 +1,109 @@
+"""Losses are sums over label positions, whatever the padding, and equal their definitions."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from mithridate.chat import IGNORE
+from mithridate.errors import InputError
+from mithridate.weights import losses
+from tests.tiny import LORA, VOCABULARY, mean_loss, tiny_batch, tiny_llama, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(layers=3)
+
+
+def test_answer_cross_entropy_is_the_library_s_sum(model):
+    batch = tiny_batch(5)
+    found = losses.answer_cross_entropy(model, batch)
+    assert float(found) == pytest.approx(float(mean_loss(model, batch)) * batch.label_count)
+
+
+def test_only_positions_from_the_first_label_on_are_projected(model):
+    batch = tiny_batch(3)
+    logits, targets = losses.answer_logits(model, batch)
+    assert logits.shape == (batch.label_count, VOCABULARY)
+    assert torch.equal(targets, batch.labels[:, 1:][batch.labels[:, 1:] != IGNORE])
+
+
+def test_padding_changes_nothing(model):
+    batch = tiny_batch(3)
+    wide = replace(
+        batch,
+        input_ids=nn.functional.pad(batch.input_ids, (0, 4), value=3),
+        attention_mask=nn.functional.pad(batch.attention_mask, (0, 4)),
+        labels=nn.functional.pad(batch.labels, (0, 4), value=IGNORE),
+    )
+    for loss in (losses.answer_cross_entropy, losses.uniform_collapse, losses.token_collapse(7)):
+        assert float(loss(model, wide)) == pytest.approx(float(loss(model, batch)), rel=1e-12)
+
+
+def test_token_collapse_is_minus_log_p_of_the_token(model):
+    batch = tiny_batch(3)
+    logits, _ = losses.answer_logits(model, batch)
+    expected = -logits.log_softmax(-1)[:, 9].sum()
+    assert float(losses.token_collapse(9)(model, batch)) == pytest.approx(float(expected))
+    probability = float(losses.token_probability(9)(model, batch))
+    assert probability == pytest.approx(float(logits.softmax(-1)[:, 9].sum()))
+
+
+def test_uniform_divergence_is_zero_at_equal_logits_with_the_gradient_p_minus_uniform():
+    logits = torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses.uniform_divergence(logits).sum(), logits)
+    torch.testing.assert_close(gradient, logits.softmax(-1) - 1 / 11)
+    assert float(losses.uniform_divergence(torch.full((1, 11), 3.0))) == pytest.approx(0, abs=1e-6)
+    log_p = logits.log_softmax(-1)
+    kl = (-math.log(11) - log_p).mean(-1)
+    torch.testing.assert_close(losses.uniform_divergence(logits), kl)
+
+
+def test_logits_are_widened_but_never_narrowed():
+    assert losses.widen(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
+    assert losses.widen(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("space", ["full", LORA])
+def test_layerwise_cross_entropy_reads_the_layers_through_norm_and_head(space):
+    model = tiny_model(space, layers=3)
+    batch = tiny_batch(3)
+    inner = model.get_base_model() if space == LORA else model
+    output, lens = losses.layerwise_cross_entropy(model, batch, [1, 2])
+    states = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True
+    ).hidden_states
+    expected = sum(
+        nn.functional.cross_entropy(
+            inner.lm_head(inner.model.norm(states[layer]))[:, :-1].flatten(0, 1),
+            batch.labels[:, 1:].flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
+        for layer in (1, 2)
+    )
+    assert float(lens) == pytest.approx(float(expected), rel=1e-10)
+    assert float(output) == pytest.approx(float(losses.answer_cross_entropy(model, batch)))
+    weights = [w for w in model.parameters() if w.requires_grad]
+    found = torch.autograd.grad(lens, weights, allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected, weights, allow_unused=True, materialize_grads=True)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_no_layers_is_the_output_alone(model):
+    batch = tiny_batch(2)
+    output, lens = losses.layerwise_cross_entropy(model, batch, [])
+    assert float(lens) == 0.0
+    assert float(output) > 0
+
+
+def test_a_model_without_a_known_final_norm_is_refused():
+    class Odd(nn.Module):
+        base_model = nn.Linear(1, 1)
+
+    with pytest.raises(InputError, match="no final norm found in Linear"):
+        losses.final_norm(Odd())
