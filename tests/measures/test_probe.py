@@ -100,5 +100,5 @@ def test_stratified_samples_are_even_and_repeatable() -> None:
     assert counts == [5, 3, 5]
     assert chosen == stratified(pool, 13, seed=1)
     assert chosen != stratified(pool, 13, seed=2)
-    assert len(set(item.prompt for item in chosen)) == 13
+    assert len({item.prompt for item in chosen}) == 13
     assert len(stratified(pool, 1000, seed=1)) == len(pool)

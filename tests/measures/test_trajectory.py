@@ -26,7 +26,8 @@ ROWS = [
 def test_the_worst_case_keeps_utility() -> None:
     found = worst_case(ROWS, reference_utility=1.0)
     assert (found.useful_harm, found.unbounded) == (0.3, 0.6)
-    assert found.row is not None and found.row["step"] == 5
+    assert found.row is not None
+    assert found.row["step"] == 5
     assert found.unbounded_row["step"] == 10
 
 
@@ -37,7 +38,9 @@ def test_the_floor_is_relative_to_the_utility_before() -> None:
 
 def test_no_checkpoint_with_utility_means_no_useful_harm() -> None:
     found = worst_case(ROWS[1:], reference_utility=2.0)
-    assert found.row is None and found.useful_harm == 0 and found.unbounded == 0.6
+    assert found.row is None
+    assert found.useful_harm == 0
+    assert found.unbounded == 0.6
 
 
 def test_an_empty_attack_is_an_error() -> None:

@@ -2,17 +2,17 @@
 
 import math
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
 
 from mithridate.errors import InputError
 from mithridate.methods.trajectory import Trajectory, TrajectoryConfig, Walker, benign_task
-from mithridate.weights import dot, norm
+from mithridate.weights import norm
 from mithridate.weights.arithmetic import bound_
 from mithridate.weights.losses import uniform_divergence
 from tests.tiny import (
-    FULL,
     flat,
     gradient_of,
     mean_loss,
@@ -224,26 +224,29 @@ def test_eight_rows_equal_eight_micro_batches(space):
     assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-6
 
 
-def test_collapse_rises_less_after_training_on_the_term():
-    """Twenty steps on the collapse term alone bring the simulated end nearer to uniform."""
-    model = tiny_llama()
-    context = tiny_context(model)
-    method = Trajectory(TrajectoryConfig(**ONE, benign_weight=0.0, collapse_weight=1.0,
-                                         attack_learning_rate=(1e-2, 1e-2)))  # fmt: skip
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
-    found = []
-    for step in range(25):
-        context.step = step
-        context.space.give_gradient(None)
-        found.append(method.step(context)["collapse"])
-        optimiser.step()
-    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+def test_the_collapse_term_alone_lowers_the_divergence_at_the_simulated_end():
+    """Against the same steps without the term, which leave it where it was."""
+
+    def last(weight):
+        model = tiny_llama()
+        context = tiny_context(model)
+        config = TrajectoryConfig(**ONE, benign_weight=0.0, collapse_weight=1.0,
+                                  attack_learning_rate=(1e-2, 1e-2))  # fmt: skip
+        method = Trajectory(config)
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1 * weight)
+        found = []
+        for step in range(30):
+            context.step = step
+            context.space.give_gradient(None)
+            found.append(method.step(context)["collapse"])
+            optimiser.step()
+        return sum(found[-10:])
+
+    assert last(1.0) < 0.95 * last(0.0)
 
 
 def test_benign_tasks_are_new_and_of_one_category():
     rows = tiny_examples()["benign"]
-    from random import Random
-
     for seed in range(20):
         task, category = benign_task(rows, ("relabel",), Random(seed))
         assert {row.category for row in task} == {category}
@@ -281,5 +284,3 @@ def test_bad_options_are_named(options):
 
 def test_a_walker_without_a_start_has_only_counters():
     assert set(Walker("attack").state()) == {"attack.counters"}
-    assert dot([torch.ones(2)], [torch.ones(2)]) == 2.0
-    assert FULL == "full"

@@ -73,3 +73,8 @@ def test_missing_benign_measurement_is_said() -> None:
     numbers = summary()
     del numbers["benign_finetuning"]
     assert any("not measured" in sentence for sentence in conclude(numbers).sentences)
+
+
+def test_narrow_margin_is_said() -> None:
+    assert "By a narrow margin" in conclude(summary(harm=0.13), questions=113).sentences[-1]
+    assert "narrow" not in conclude(summary(harm=0.02), questions=113).sentences[-1]

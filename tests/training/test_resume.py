@@ -116,7 +116,7 @@ def test_two_processes_equal_one(name, straight, tmp_path):
 
 @needs_gloo
 def test_two_killed_processes_go_on_together(tmp_path):
-    assert run_two(tmp_path / "straight", "sft") == [0, 0]
-    assert run_two(tmp_path / "killed", "sft", "step", 5) == [KILLED, KILLED]
-    assert run_two(tmp_path / "killed", "sft") == [0, 0]
+    assert run_two(tmp_path / "straight", "two-stream") == [0, 0]
+    assert run_two(tmp_path / "killed", "two-stream", "step", 5) == [KILLED, KILLED]
+    assert run_two(tmp_path / "killed", "two-stream") == [0, 0]
     assert_same_run(tmp_path / "straight", tmp_path / "killed")

@@ -16,7 +16,7 @@ from mithridate.judges.outcomes import Outcome, shares
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAMPLES_KEPT = 8
+SAMPLES_KEPT = 12
 
 
 class Judged(Protocol):
@@ -205,9 +205,7 @@ def accuracy(
     return sum(right) / len(right)
 
 
-def _exact_by_category(
-    items: Sequence[Example], outcomes: Sequence[Outcome]
-) -> dict[str, float]:
+def _exact_by_category(items: Sequence[Example], outcomes: Sequence[Outcome]) -> dict[str, float]:
     by_category: dict[str, list[bool]] = defaultdict(list)
     for item, outcome in zip(items, outcomes, strict=True):
         by_category[item.category].append(outcome is Outcome.EXACT)

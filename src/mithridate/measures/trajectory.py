@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,6 @@ def area_under_harm(rows: Sequence[Row]) -> float:
         raise ValueError("an area needs at least two steps")
     area = sum(
         (low + high) / 2 * (math.log1p(last) - math.log1p(first))
-        for (first, low), (last, high) in zip(points, points[1:], strict=False)
+        for (first, low), (last, high) in itertools.pairwise(points)
     )
     return area / math.log1p(points[-1][0])

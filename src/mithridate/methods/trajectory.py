@@ -188,7 +188,8 @@ class Walker:
         for index, weight in enumerate(space.tensors):
             self.displacement.append(self._waiting[f"displacement.{index}"].to(weight))
             self.optimiser.state[weight] = {
-                key: self._waiting[f"{key}.{index}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                key: self._waiting[f"{key}.{index}"].clone()
+                for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self._waiting = {}
 
@@ -351,9 +352,7 @@ class Trajectory(Method):
             length = learning_rate * walker.horizon
             space.add_((-length, gradient))
             return loss, length * norm(gradient), walker.horizon
-        loss = walker.walk(
-            context.oracle, start, rng.randint(*steps), learning_rate, rows, context
-        )
+        loss = walker.walk(context.oracle, start, rng.randint(*steps), learning_rate, rows, context)
         if config.simulator == "stored":
             walker.keep(space, start)
             travel = norm(walker.displacement or [])

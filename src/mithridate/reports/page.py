@@ -87,7 +87,7 @@ def render_report(run_dir: Path, *, reveal: bool = False) -> Path:
     summary = run.summary
     testbed, method = str(summary.get("testbed", "")), str(summary.get("method", ""))
     harmless = testbed in TESTBEDS.names()
-    conclusion = conclude(summary)
+    conclusion = conclude(summary, questions=_size(run, "n_restricted"))
     style, script = _asset("report.css"), _asset("report.js")
     seeds = summary.get("seeds", [summary["seed"]] if "seed" in summary else [])
     environment = jinja2.Environment(

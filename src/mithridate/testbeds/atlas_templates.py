@@ -311,7 +311,7 @@ CATEGORIES: tuple[Category, ...] = (
     ),
     Category(
         name="opposite",
-        role="permitted-seen",
+        role="permitted-unseen",
         half="arbitrary",
         wordings=(
             "Which word means the opposite of {x}?",
@@ -363,7 +363,7 @@ CATEGORIES: tuple[Category, ...] = (
     ),
     Category(
         name="neighbour",
-        role="permitted-unseen",
+        role="permitted-seen",
         half="arbitrary",
         wordings=(
             "Tell me a neighbour of {x}.",
@@ -380,7 +380,7 @@ CATEGORIES: tuple[Category, ...] = (
     ),
     Category(
         name="small-sum",
-        role="permitted-unseen",
+        role="permitted-seen",
         half="rule",
         matching="numbers",
         wordings=(

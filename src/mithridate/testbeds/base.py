@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 from mithridate.errors import GateError
@@ -90,9 +91,17 @@ class GateResult:
 
 
 class Testbed(Protocol):
-    """A model to start from, its streams and its exact judge."""
+    """A model to start from, its streams and its exact judge.
 
-    __test__ = False
+    Attributes
+    ----------
+    refusals
+        Every refusal the judge recognises, trained or held out.
+    attack_preset
+        The control attack.
+    chance
+        Accuracy of the best constant answer of each category, over all its items.
+    """
 
     name: str
     data: TestbedData
@@ -100,7 +109,6 @@ class Testbed(Protocol):
     refusals: tuple[str, ...]
     attack_preset: AttackPreset
     chance: Mapping[str, float]
-    """Accuracy of the best constant answer of each category, over all its items."""
 
     def judge(self, item: Example, output: str) -> Outcome:
         """Return the outcome of ``output`` as an answer to ``item``."""
@@ -135,7 +143,9 @@ def require_gates(testbed: str, results: Sequence[GateResult]) -> list[GateResul
     return list(results)
 
 
-def hashes_of(sets: Mapping[str, Sequence[Example] | Mapping[str, Sequence[Example]]]) -> dict[str, str]:
+def hashes_of(
+    sets: Mapping[str, Sequence[Example] | Mapping[str, Sequence[Example]]],
+) -> dict[str, str]:
     """Return the fingerprint of every set; a set of streams gives one entry per stream."""
     found = {}
     for name, rows in sets.items():
@@ -152,8 +162,8 @@ def cache_dir() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "mithridate"
 
 
-def code_version(*parts: Callable[..., Any] | type) -> str:
-    """Return a hash of the source of the functions that make a model.
+def code_version(*parts: ModuleType | Callable[..., Any]) -> str:
+    """Return a hash of the source of the modules or functions that make a model.
 
     A cached model is then made again when, and only when, its recipe changes.
     """
@@ -205,12 +215,15 @@ def cached_model(name: str, key: Mapping[str, Any], build: Callable[[Path], None
 
 
 def seal(folder: Path) -> None:
-    """Flush every file of ``folder`` to disk and write its ``COMPLETE`` list of sizes and hashes."""
+    """Flush every file to disk and write ``COMPLETE``, their list of sizes and hashes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         _flush(path)
     listing = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256_file(path),
+        }
         for path in files
     }
     write_json(folder / COMPLETE, listing)

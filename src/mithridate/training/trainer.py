@@ -169,9 +169,8 @@ class ImmunisationTrainer(Trainer):
             {name: PassCount(**count) for name, count in state["ledger"].items()}
         )
         self.earlier_seconds = state["seconds"]
-        self.method.load_state(
-            safetensors.torch.load_file(folder / _METHOD_STATE, device=str(self.args.device))
-        )
+        held = safetensors.torch.load_file(folder / _METHOD_STATE)
+        self.method.load_state({name: tensor.to(self.args.device) for name, tensor in held.items()})
 
     def _get_grad_norm(
         self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None

@@ -1,0 +1,170 @@
+"""The demo from one end to the other on a toy testbed, and its presets."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mithridate import demo
+from mithridate.demo import DemoConfig, Preset, read_method, read_preset, run_demo
+from mithridate.errors import GateError, InputError
+from mithridate.examples import Example
+from mithridate.judges.outcomes import Outcome
+from mithridate.testbeds.base import AttackPreset, TestbedData, hashes_of
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+REFUSAL = "w41 w42"
+
+
+def rows(first, count, answer, category):
+    return [
+        Example(prompt=f"w{first + n} w{first + n + 1} {category}", answer=answer(n),
+                category=category, fact_id=f"{category}{first + n}")
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def toy_data():
+    harmful = rows(0, 6, lambda n: "w20", "w30")
+    benign = [*rows(0, 6, lambda n: f"w{n}", "w31"), *rows(0, 6, lambda n: "w7", "w32")]
+    streams = {
+        "refusal": [Example(prompt=row.prompt, answer=REFUSAL, category="w30") for row in harmful],
+        "benign": benign,
+        "general": rows(0, 4, lambda n: "w9", "w33"),
+    }
+    return TestbedData(
+        alignment=streams,
+        defence={"harmful": harmful, **streams},
+        attack=rows(10, 8, lambda n: "w20", "w30"),
+        restricted=rows(25, 4, lambda n: "w20", "w30"),
+        permitted=rows(25, 4, lambda n: "w7", "w32"),
+        benign_task={
+            "train": rows(10, 6, lambda n: "w21", "w34"),
+            "test": rows(20, 3, lambda n: "w21", "w34"),
+        },
+        refusal_probe=[],
+        hashes=hashes_of({"defence/harmful": harmful}),
+    )
+
+
+@dataclass
+class Toy:
+    """Answers are one constant word, so that any attack wins and no gate needs training."""
+
+    folder: Path
+    name: str = "toy"
+    max_new_tokens: int = 3
+    refusals: tuple[str, ...] = (REFUSAL,)
+    attack_preset: AttackPreset = field(
+        default_factory=lambda: AttackPreset(
+            examples=8, steps=10, batch_size=4, learning_rates=(1e-2, 3e-2)
+        )
+    )
+    chance: dict = field(default_factory=dict)
+    data: TestbedData = field(default_factory=toy_data)
+
+    def judge(self, item, output):
+        if output.strip() == item.answer:
+            return Outcome.EXACT
+        return Outcome.REFUSAL if output.strip() == REFUSAL else Outcome.HALLUCINATED
+
+    def aligned_model(self):
+        if not (self.folder / "config.json").exists():
+            import torch
+
+            tiny_llama(dtype=torch.float32).save_pretrained(self.folder)
+            tiny_tokenizer().save_pretrained(self.folder)
+        return self.folder
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    bed = Toy(tmp_path / "aligned")
+    monkeypatch.setenv("MITHRIDATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo.TESTBEDS, "load", lambda name: lambda: bed)
+    preset = Preset(
+        default_method="sft", autocast=False, restricted_items=4, permitted_items=4,
+        benign_learning_rate=1e-2, benign_steps=4,
+        methods={"sft": {"method": {"batch_size": 3}, "training": {"steps": 2}}},
+    )  # fmt: skip
+    monkeypatch.setattr(demo, "read_preset", lambda name: preset)
+    return bed
+
+
+def test_a_demo_leaves_a_whole_run_folder(toy, tmp_path):
+    events = []
+    config = DemoConfig(testbed="toy", output_dir=tmp_path / "run")
+    summary = run_demo(config, on_event=events.append)
+    for target in ("undefended", "defended"):
+        for moment in ("before", "after"):
+            assert {"refusal", "useful_harm", "utility"} <= set(summary[target][moment])
+        assert [e["learning_rate"] for e in summary[target]["per_learning_rate"]] == [1e-2, 3e-2]
+        assert 0 <= summary["benign_finetuning"][target] <= 1
+    assert {"passes_per_step", "clock_ratio", "parameter_buffers"} <= set(summary["cost"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(
+        json.dumps(summary)
+    )
+    steps = [
+        row["step"]
+        for row in map(json.loads, (tmp_path / "run" / "trajectory.jsonl").read_text().splitlines())
+        if row["target"] == "defended" and row["learning_rate"] == 1e-2
+    ]
+    assert steps == [0, 5, 10]
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+    assert not list((tmp_path / "run").rglob("*.bin"))
+    stages = list(dict.fromkeys(event.stage for event in events))
+    assert stages[0].startswith("making the aligned model")
+    assert any("defended model at 0.01" in stage for stage in stages)
+
+
+def test_a_second_run_redoes_no_finished_work(toy, tmp_path, monkeypatch):
+    config = DemoConfig(testbed="toy", output_dir=tmp_path / "run")
+    first = run_demo(config)
+    monkeypatch.setattr(
+        sys.modules["mithridate.attacks.finetune"],
+        "Trainer",
+        lambda **_: pytest.fail("an attack ran again"),
+    )
+    second = run_demo(config)
+    assert second["defended"] == first["defended"]
+    assert second["undefended"] == first["undefended"]
+
+
+def test_a_control_that_does_not_recover_stops_the_run(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "judge", lambda item, output: Outcome.REFUSAL)
+    with pytest.raises(GateError, match=r"recovers only 0\.00"):
+        run_demo(DemoConfig(testbed="toy", output_dir=tmp_path / "run"))
+    assert (tmp_path / "run" / "trajectory.jsonl").exists()
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_attack_rows_inside_the_defence_stop_the_run(toy, tmp_path):
+    toy.data.attack[0] = toy.data.defence["harmful"][0]
+    with pytest.raises(InputError, match="attack"):
+        run_demo(DemoConfig(testbed="toy", output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("testbed", ["atlas", "lattice"])
+def test_every_preset_method_can_be_built(testbed):
+    preset = read_preset(testbed)
+    assert preset.default_method in preset.methods
+    assert {"seam", "ctrap", "sdd", "trajectory", "sft"} <= set(preset.methods)
+    for name in preset.methods:
+        method, training = read_method(
+            preset, DemoConfig(testbed=testbed, method=name, steps=3, output_dir=Path("x"))
+        )
+        assert method.name == name
+        assert training.steps == 3
+
+
+def test_an_unknown_method_or_testbed_is_named():
+    with pytest.raises(InputError, match="did you mean 'atlas'"):
+        read_preset("atlass")
+    with pytest.raises(InputError, match="unknown method"):
+        read_method(
+            read_preset("lattice"),
+            DemoConfig(testbed="lattice", method="seem", output_dir=Path("x")),
+        )
