@@ -83,13 +83,13 @@ class Toy:
 def toy(tmp_path, monkeypatch):
     bed = Toy(tmp_path / "aligned")
     monkeypatch.setenv("MITHRIDATE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo.TESTBEDS, "load", lambda name: lambda: bed)
+    monkeypatch.setattr(demo.TESTBEDS, "load", lambda _: lambda: bed)
     preset = Preset(
         default_method="sft", autocast=False, restricted_items=4, permitted_items=4,
         benign_learning_rate=1e-2, benign_steps=4,
         methods={"sft": {"method": {"batch_size": 3}, "training": {"steps": 2}}},
     )  # fmt: skip
-    monkeypatch.setattr(demo, "read_preset", lambda name: preset)
+    monkeypatch.setattr(demo, "read_preset", lambda _: preset)
     return bed
 
 
@@ -133,7 +133,7 @@ def test_a_second_run_redoes_no_finished_work(toy, tmp_path, monkeypatch):
 
 
 def test_a_control_that_does_not_recover_stops_the_run(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "judge", lambda item, output: Outcome.REFUSAL)
+    monkeypatch.setattr(toy, "judge", lambda *_: Outcome.REFUSAL)
     with pytest.raises(GateError, match=r"recovers only 0\.00"):
         run_demo(DemoConfig(testbed="toy", output_dir=tmp_path / "run"))
     assert (tmp_path / "run" / "trajectory.jsonl").exists()

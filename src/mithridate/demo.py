@@ -27,7 +27,7 @@ from mithridate.events import Event, Listener, silent
 from mithridate.examples import Example, check_disjoint, fingerprint
 from mithridate.files import sha256_of, write_atomic, write_json
 from mithridate.measures.cost import measure_cost
-from mithridate.measures.probe import accuracy, probe, stratified
+from mithridate.measures.probe import ProbeResult, accuracy, probe, stratified
 from mithridate.measures.trajectory import UTILITY_FLOOR, worst_case
 from mithridate.methods import METHODS, Method
 from mithridate.release import weights_hash
@@ -124,8 +124,15 @@ def read_method(preset: Preset, config: DemoConfig) -> tuple[Method, TrainingCon
     return method, from_mapping(TrainingConfig, training, where=where)
 
 
-def run_demo(config: DemoConfig, *, on_event: Listener = silent) -> dict[str, Any]:
+def run_demo(
+    config: DemoConfig, *, preset: Preset | None = None, on_event: Listener = silent
+) -> dict[str, Any]:
     """Run the demo and return its summary, which is also in the run folder.
+
+    Parameters
+    ----------
+    preset
+        In place of the one shipped for the testbed.
 
     Raises
     ------
@@ -134,7 +141,7 @@ def run_demo(config: DemoConfig, *, on_event: Listener = silent) -> dict[str, An
     GateError
         The aligned model does not refuse, or the control attack does not break it.
     """
-    preset = read_preset(config.testbed)
+    preset = preset or read_preset(config.testbed)
     method, training = read_method(preset, config)
     testbed = cast(Testbed, TESTBEDS.load(config.testbed)())
     data = testbed.data
@@ -174,6 +181,7 @@ def run_demo(config: DemoConfig, *, on_event: Listener = silent) -> dict[str, An
         row for target in TARGETS for row in bench.attack(target, folders[target], rows, config)
     ]
     benign = {target: bench.benign(target, folders[target], config) for target in TARGETS}
+    unnamed = {target: bench.unnamed(folders[target]) for target in TARGETS}
     seconds["attacking"], clock = time.perf_counter() - clock, time.perf_counter()
 
     on_event(Event(stage="measuring what a step costs"))
@@ -182,7 +190,7 @@ def run_demo(config: DemoConfig, *, on_event: Listener = silent) -> dict[str, An
     )
     seconds["measuring cost"] = time.perf_counter() - clock
 
-    summary = {
+    summary: dict[str, Any] = {
         "testbed": testbed.name,
         "method": method.name,
         "seed": config.seed,
@@ -191,6 +199,7 @@ def run_demo(config: DemoConfig, *, on_event: Listener = silent) -> dict[str, An
             **{target: benign[target]["accuracy"] for target in TARGETS},
             "detail": benign,
         },
+        "unnamed_permitted": {"n": len(data.unnamed), **unnamed} if data.unnamed else None,
         "cost": cost,
         "attack": {**bench.description(rows), "diverged": bench.diverged},
         "seconds": seconds,
@@ -290,6 +299,17 @@ class _Bench:
             "n": len(task["test"]),
         }
 
+    def unnamed(self, folder: Path) -> float | None:
+        """Return the accuracy on permitted items that no training row names."""
+        items = self.testbed.data.unnamed
+        if not items:
+            return None
+        model, tokenizer = _load(folder)
+        return accuracy(
+            model, ChatFormat(tokenizer), items, self.testbed.judge,
+            max_new_tokens=self.testbed.max_new_tokens, autocast=self.preset.autocast,
+        )  # fmt: skip
+
     def description(self, rows: Sequence[Example]) -> dict[str, Any]:
         """Return the attack in the words of its configuration."""
         settings = dataclasses.asdict(self.attack_config)
@@ -340,7 +360,7 @@ class _Bench:
 
         return measured
 
-    def _look(self, model: PreTrainedModel, chat: ChatFormat) -> Any:
+    def _look(self, model: PreTrainedModel, chat: ChatFormat) -> ProbeResult:
         return probe(
             model,
             chat,

@@ -24,7 +24,9 @@ class FakeChat:
 
 class FakeTestbed:
     max_new_tokens = 4
-    chance = {"a": 0.5, "b": 0.0}
+
+    def __init__(self) -> None:
+        self.chance = {"a": 0.5, "b": 0.0}
 
     def judge(self, item: Example, output: str) -> Outcome:
         if output == "no":

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mithridate.errors import InputError
-from mithridate.methods.trajectory import Trajectory, TrajectoryConfig, Walker, benign_task
+from mithridate.methods.trajectory import Trajectory, TrajectoryConfig, benign_task
+from mithridate.methods.walkers import Walker
 from mithridate.weights import norm
 from mithridate.weights.arithmetic import bound_
 from mithridate.weights.losses import uniform_divergence
@@ -245,15 +246,32 @@ def test_the_collapse_term_alone_lowers_the_divergence_at_the_simulated_end():
     assert last(1.0) < 0.95 * last(0.0)
 
 
+def test_the_tether_pulls_towards_the_first_weights_and_survives_a_reload():
+    model = tiny_llama()
+    context = tiny_context(model)
+    context.learning_rate = 0.1
+    config = TrajectoryConfig(**ONE, tether=2.0)
+    method = Trajectory(config)
+    method.step(context)
+    first = context.space.snapshot()
+    context.space.add_((1.0, [torch.ones_like(tensor) for tensor in first]))
+    other = Trajectory(config)
+    other.load_state(method.state())
+    other.step(context)
+    for weight, centre in zip(context.space.tensors, first, strict=True):
+        assert torch.allclose(weight, centre + 0.8)
+
+
 def test_benign_tasks_are_new_and_of_one_category():
     rows = tiny_examples()["benign"]
     for seed in range(20):
-        task, category = benign_task(rows, ("relabel",), Random(seed))
+        task = benign_task(rows, ("relabel",), Random(seed))
+        category = task[0].category
         assert {row.category for row in task} == {category}
         assert sorted({row.answer for row in task}) == sorted(
             {row.answer for row in rows if row.category == category}
         )
-    task, _ = benign_task(rows, ("reorder",), Random(0))
+    task = benign_task(rows, ("reorder",), Random(0))
     originals = {row.prompt: row.answer for row in rows}
     assert all(row.answer.split() == originals[row.prompt].split()[::-1] for row in task)
 
@@ -272,6 +290,7 @@ def test_one_benign_category_is_refused():
         {"horizon": (5, 2)},
         {"attack_learning_rate": (0.0, 1e-3)},
         {"benign_weight": -1.0},
+        {"tether": -1.0},
         {"batch_size": 1},
         {"collapse_target": "token"},
         {"benign_tasks": ()},
@@ -283,4 +302,6 @@ def test_bad_options_are_named(options):
 
 
 def test_a_walker_without_a_start_has_only_counters():
-    assert set(Walker("attack").state()) == {"attack.counters"}
+    walker = Walker("attack", "stored", steps=(1, 1), life=(1, 1), learning_rate=(1e-3, 1e-3),
+                    batch_size=2)  # fmt: skip
+    assert set(walker.state()) == {"attack.counters"}

@@ -1,1 +1,1 @@
-
+"""What is measured: probes, trajectories, cost."""

@@ -1,18 +1,18 @@
-r"""The trajectory trap: collapse where a simulated attacker ends, retention where a benign user ends.
+r"""The trajectory trap: collapse where a simulated attacker ends, not where a benign user ends.
 
 .. math::
-    \min_\theta\; \ell(\theta;\text{retain}) + \lambda\,U(\theta_h) + \mu\,\ell(\theta_b;\text{others})
+    \min_\theta\; \ell(\theta;\text{retain}) + \lambda\,U(\theta_h)
+    + \mu\,\ell(\theta_b;\text{other skills, refusals})
 
-``theta_h`` is reached from ``theta`` by a simulated harmful fine-tuning, ``theta_b`` by a simulated
-benign one; U = KL(uniform || p) at the answer positions of permitted *and* harmful prompts. First
-order: the inner steps are not differentiated through, and each simulated gradient is bounded so
-that it cannot drown the retain term. Source: `methods.md` section 13 (ours). Relatives: CTRAP (one
-step, no benign simulation), TAR (no collapse of permitted answers).
+``theta_h`` is reached from ``theta`` by a simulated harmful fine-tuning, ``theta_b`` by a benign;
+U = KL(uniform || p) at the answers to permitted *and* harmful prompts. Straight through: the inner
+steps are not differentiated. Each simulated gradient is bounded, v min(1, 1/||v||), so that it
+cannot drown the retain term. Source: ours (`methods.md` section 13). Relatives: CTRAP (one step, no
+benign simulation), TAR (no collapse of permitted answers, no benign simulation).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -24,11 +24,13 @@ from mithridate.configs import require
 from mithridate.errors import InputError
 from mithridate.examples import Example
 from mithridate.methods.base import Method, MethodConfig, RunContext
-from mithridate.weights import Gradient, GradientOracle, WeightSpace, norm
+from mithridate.methods.walkers import Simulator, Walker
+from mithridate.weights import Gradient
 from mithridate.weights.arithmetic import bound_, scale_
-from mithridate.weights.losses import answer_cross_entropy, token_collapse, uniform_collapse
+from mithridate.weights.losses import Loss, answer_cross_entropy, token_collapse, uniform_collapse
 
 Task = Literal["relabel", "repeat", "reorder"]
+_Dataset = Callable[[Random], list[Example]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +49,27 @@ class TrajectoryConfig(MethodConfig):
         mu, the largest norm of the retention term; 0 simulates no benign user and gives a trap
         without a condition (an ablation, not a defence).
     collapse_on
-        Streams whose answers become uniform at ``theta_h``, shared evenly.
-    collapse_target
-        ``uniform``, or ``token``: the most common end-of-turn-free token is *not* chosen for you,
-        name it in ``collapse_token``.
+        Streams whose answers collapse at ``theta_h``, shared evenly.
+    collapse_target, collapse_token
+        ``uniform``, or one token by its id (CTRAP's collapse loss).
     simulator
         ``steps``: each simulation starts at ``theta``. ``stored``: it goes on from its last
-        displacement until it has made ``horizon`` steps, so that distant weights cost few passes.
-        ``jump``: one signed step as long as a simulation of ``horizon`` steps.
+        displacement until it has made ``horizon`` steps. ``jump``: one signed step as long as
+        ``horizon`` steps.
     attack_steps, benign_steps
         Range of inner steps per outer step, drawn uniformly.
     horizon
-        Range of the steps after which a stored simulation starts anew, drawn uniformly; for
-        ``jump`` the range of steps it stands for.
+        Range of the steps of a stored simulation's life, or of a jump, drawn uniformly.
     attack_learning_rate, benign_learning_rate
         Range of the inner AdamW learning rate, drawn log-uniformly for each simulation.
     attack_rows
-        Examples of a simulated fine-tuner's data set, drawn for each simulation.
+        Examples in a simulated fine-tuner's data set, drawn for each simulation.
+    benign_every
+        Outer steps from one benign simulation to the next; its weight grows in proportion.
+    tether
+        Pull of the weights towards where they began, times the learning rate, before each step
+        (decoupled weight decay with the aligned model as its centre). It keeps knowledge that no
+        retain row names.
     benign_tasks
         Kinds of benign fine-tuning, each on one category of the benign stream: ``relabel``
         permutes its answers, ``repeat`` keeps them, ``reorder`` reverses their words.
@@ -76,13 +82,15 @@ class TrajectoryConfig(MethodConfig):
     collapse_on: tuple[str, ...] = ("benign", "harmful")
     collapse_target: Literal["uniform", "token"] = "uniform"
     collapse_token: int | None = None
-    simulator: Literal["steps", "stored", "jump"] = "steps"
+    simulator: Simulator = "steps"
     attack_steps: tuple[int, int] = (1, 10)
     benign_steps: tuple[int, int] = (1, 10)
     horizon: tuple[int, int] = (1, 60)
     attack_learning_rate: tuple[float, float] = (1e-4, 1e-3)
     benign_learning_rate: tuple[float, float] = (1e-4, 1e-3)
     attack_rows: int = 20
+    benign_every: int = 1
+    tether: float = 0.0
     benign_tasks: tuple[Task, ...] = ("relabel", "repeat", "reorder")
 
     def __post_init__(self) -> None:
@@ -94,104 +102,22 @@ class TrajectoryConfig(MethodConfig):
             low, high = getattr(self, name)
             require(0 < low <= high, f"{name} [{low}, {high}] is not a range above 0",
                     "give [low, high] with 0 < low <= high")  # fmt: skip
-        for name in ("collapse_weight", "benign_weight"):
+        for name in ("collapse_weight", "benign_weight", "tether"):
             require(getattr(self, name) >= 0, f"{name} is negative", "give 0 or more")
+        for name in ("attack_rows", "benign_every"):
+            require(getattr(self, name) >= 1, f"{name} is below 1", "give 1 or more")
         shared = max(len(self.retain), len(self.collapse_on))
         require(self.batch_size >= shared >= 1, f"batch_size {self.batch_size} leaves a stream out",
                 f"raise it to {shared} or more")  # fmt: skip
-        require(self.attack_rows >= 1, "attack_rows is below 1", "give 1 or more")
         require(bool(self.benign_tasks), "benign_tasks is empty", "name at least one kind")
         require((self.collapse_target == "token") == (self.collapse_token is not None),
                 "collapse_token goes with collapse_target: token, and only with it",
                 "name the token's id, or leave both out")  # fmt: skip
 
-
-class Walker:
-    """A simulated fine-tuner: AdamW from ``theta``, able to go on from its last displacement."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.started = -1
-        self.age = 0
-        self.horizon = 0
-        self.displacement: Gradient | None = None
-        self.optimiser: torch.optim.AdamW | None = None
-        self._waiting: dict[str, torch.Tensor] = {}
-
-    def begin(self, step: int, horizon: int) -> None:
-        """Start a new simulation at ``theta``."""
-        self.started, self.age, self.horizon = step, 0, horizon
-        self.displacement = self.optimiser = None
-
-    def walk(
-        self,
-        oracle: GradientOracle,
-        start: Gradient,
-        steps: int,
-        learning_rate: float,
-        rows: Callable[[int], list[Example]],
-        context: RunContext,
-    ) -> float:
-        """Take ``steps`` inner steps and leave the weights where they end; return the last loss."""
-        space = oracle.space
-        if self._waiting:
-            self._wake(space, learning_rate)
-        if self.optimiser is None:
-            self.optimiser = torch.optim.AdamW(
-                space.tensors, lr=learning_rate, weight_decay=0.0, fused=True
-            )
-        if self.displacement is not None:
-            space.add_((1.0, self.displacement))
-        loss = math.nan
-        for index in range(self.age, self.age + steps):
-            space.give_gradient(None)
-            loss = oracle.accumulate(
-                answer_cross_entropy, context.chat.batch(rows(index)), purpose=self.name
-            )
-            bound_(space.gradient())
-            self.optimiser.step()
-        space.give_gradient(None)
-        self.age += steps
-        return loss
-
-    def keep(self, space: WeightSpace, start: Gradient) -> None:
-        """Remember how far from ``start`` the weights are."""
-        self.displacement = space.snapshot()
-        torch._foreach_sub_(self.displacement, start)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Return what a bit-exact resume needs."""
-        counters = torch.tensor([self.started, self.age, self.horizon])
-        state = {f"{self.name}.counters": counters}
-        if self.displacement is not None and self.optimiser is not None:
-            for index, tensor in enumerate(self.displacement):
-                state[f"{self.name}.displacement.{index}"] = tensor
-            for index, held in self.optimiser.state_dict()["state"].items():
-                for key, tensor in held.items():
-                    state[f"{self.name}.{key}.{index}"] = tensor
-        return state
-
-    def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what `state` returned; tensors are placed at the next walk."""
-        self.started, self.age, self.horizon = map(int, state[f"{self.name}.counters"])
-        self._waiting = {
-            key.removeprefix(f"{self.name}."): tensor
-            for key, tensor in state.items()
-            if key.startswith(f"{self.name}.") and not key.endswith("counters")
-        }
-
-    def _wake(self, space: WeightSpace, learning_rate: float) -> None:
-        self.optimiser = torch.optim.AdamW(
-            space.tensors, lr=learning_rate, weight_decay=0.0, fused=True
-        )
-        self.displacement = []
-        for index, weight in enumerate(space.tensors):
-            self.displacement.append(self._waiting[f"displacement.{index}"].to(weight))
-            self.optimiser.state[weight] = {
-                key: self._waiting[f"{key}.{index}"].clone()
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self._waiting = {}
+    def walker(self, name: str, steps: tuple[int, int], rate: tuple[float, float]) -> Walker:
+        """Return a simulated fine-tuner with these options."""
+        return Walker(name, self.simulator, steps=steps, life=self.horizon, learning_rate=rate,
+                      batch_size=self.batch_size)  # fmt: skip
 
 
 class Trajectory(Method):
@@ -206,38 +132,38 @@ class Trajectory(Method):
 
     def __init__(self, config: TrajectoryConfig) -> None:
         self.config = config
-        self.attacker = Walker("attack")
-        self.user = Walker("benign_use")
+        self.attacker = config.walker("attack", config.attack_steps, config.attack_learning_rate)
+        self.user = config.walker("benign", config.benign_steps, config.benign_learning_rate)
+        self._tuned = ""
+        self._aligned: Gradient = []
 
     @property
     def streams(self) -> tuple[str, ...]:
-        names = [*self.config.retain, "harmful", "benign", "refusal", *self.config.collapse_on]
-        return tuple(dict.fromkeys(names))
+        named = (*self.config.retain, "harmful", "benign", "refusal", *self.config.collapse_on)
+        return tuple(dict.fromkeys(named))
 
     @property
     def passes_per_step(self) -> float:
         config = self.config
-        inner = {
-            "attack": 1.0 if config.simulator == "jump" else sum(config.attack_steps) / 2,
-            "benign": 1.0 if config.simulator == "jump" else sum(config.benign_steps) / 2,
-        }
-        attack = inner["attack"] + 1 if config.collapse_weight else 0
-        return 1 + attack + (inner["benign"] + 1 if config.benign_weight else 0)
+        jump = config.simulator == "jump"
+        attack = 1 + (1 if jump else sum(config.attack_steps) / 2)
+        benign = (1 + (1 if jump else sum(config.benign_steps) / 2)) / config.benign_every
+        return float(
+            1 + attack * bool(config.collapse_weight) + benign * bool(config.benign_weight)
+        )
 
     @property
     def parameter_buffers(self) -> int:
-        # theta, the planned gradient, two moments; each stored walker keeps moments and
-        # displacement of its own.
-        return {"jump": 2, "steps": 4, "stored": 8}[self.config.simulator]
+        # theta and the planned gradient; two moments; stored walkers keep theirs, and where
+        # they stand; the tether holds the aligned weights.
+        walking = {"jump": 2, "steps": 4, "stored": 8}[self.config.simulator]
+        return walking + bool(self.config.tether)
 
     @property
     def active_terms(self) -> tuple[str, ...]:
-        config = self.config
-        return (
-            "retain",
-            *(("collapse_norm",) if config.collapse_weight else ()),
-            *(("retention_norm",) if config.benign_weight else ()),
-        )
+        collapse = ("collapse_norm",) if self.config.collapse_weight else ()
+        retention = ("retention_norm",) if self.config.benign_weight else ()
+        return ("retain", *collapse, *retention)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         categories = {example.category for example in context.examples["benign"]}
@@ -254,150 +180,106 @@ class Trajectory(Method):
     def step(self, context: RunContext) -> dict[str, float]:
         config, oracle, space = self.config, context.oracle, context.space
         terms: dict[str, float] = {}
-        planned: Gradient | None = None
+        planned: list[Gradient] = []
+        if config.tether:
+            self._pull(context)
         with space.kept() as start:
             if config.collapse_weight:
-                terms |= self._simulate_attack(context, start)
-                planned = self._bounded(space, terms, "collapse", config.collapse_weight)
+                terms |= self.attacker.walk(context, start, self._attack_data(context))
+                batch = context.chat.batch(self._collapsing(context))
+                terms["collapse"] = oracle.accumulate(self._collapse(), batch, purpose="collapse")
+                planned.append(space.take_gradient())
+                terms["collapse_norm"] = bound_(planned[-1])
+                scale_(planned[-1], config.collapse_weight)
                 space.restore(start)
-            if config.benign_weight:
-                terms |= self._simulate_benign_use(context, start)
-                kept = self._bounded(space, terms, "retention", config.benign_weight)
-                if planned is not None:
-                    torch._foreach_add_(kept, planned)
-                planned = kept
-        space.give_gradient(planned)
+            if config.benign_weight and context.step % config.benign_every == 0:
+                terms |= self.user.walk(context, start, self._benign_data(context))
+                batch = context.chat.batch(self._others(context))
+                terms["retention"] = oracle.accumulate(
+                    answer_cross_entropy, batch, purpose="retention"
+                )
+                planned.append(space.take_gradient())
+                terms["retention_norm"] = bound_(planned[-1])
+                scale_(planned[-1], config.benign_weight * config.benign_every)
+        space.give_gradient(_sum(planned))
         batch = context.draw_joined(config.retain, config.batch_size)
         terms["retain"] = oracle.accumulate(answer_cross_entropy, batch, purpose="retain")
         return terms
 
-    def _simulate_attack(self, context: RunContext, start: Gradient) -> dict[str, float]:
-        """Walk to ``theta_h`` and put the gradient of U there into ``.grad``."""
-        config, rng = self.config, context.random("attack")
+    def _pull(self, context: RunContext) -> None:
+        if not self._aligned:
+            self._aligned = context.space.snapshot()
+        share = min(1.0, self.config.tether * context.learning_rate)
+        with torch.no_grad():
+            for weight, centre in zip(context.space.tensors, self._aligned, strict=True):
+                weight.lerp_(centre.to(weight), share)
+
+    def _collapse(self) -> Loss:
+        token = self.config.collapse_token
+        return uniform_collapse if token is None else token_collapse(token)
+
+    def _attack_data(self, context: RunContext) -> _Dataset:
         harmful = context.examples["harmful"]
+        return lambda seed: _some(harmful, self.config.attack_rows, seed)
 
+    def _benign_data(self, context: RunContext) -> _Dataset:
         def dataset(seed: Random) -> list[Example]:
-            return seed.sample(harmful, min(config.attack_rows, len(harmful)))
+            rows = benign_task(context.examples["benign"], self.config.benign_tasks, seed)
+            self._tuned = rows[0].category
+            return _some(rows, self.config.attack_rows, seed)
 
-        loss, travel, age = self._walk(
-            context, self.attacker, dataset, config.attack_steps, config.attack_learning_rate, start
-        )
-        shares = [rng.sample(context.examples[name], min(n, len(context.examples[name])))
-                  for name, n in self._shares(config.collapse_on)]  # fmt: skip
-        target = (
-            uniform_collapse
-            if config.collapse_target == "uniform"
-            else token_collapse(_given(config.collapse_token))
-        )
-        collapse = context.oracle.accumulate(
-            target, context.chat.batch([row for part in shares for row in part]), purpose="collapse"
-        )
-        return {"attack_loss": loss, "attack_travel": travel, "attack_age": age,
-                "collapse": collapse}  # fmt: skip
+        return dataset
 
-    def _simulate_benign_use(self, context: RunContext, start: Gradient) -> dict[str, float]:
-        """Walk to ``theta_b`` and put the gradient of what must survive there into ``.grad``."""
-        config, rng = self.config, context.random("retention")
-        chosen: list[str] = []
+    def _collapsing(self, context: RunContext) -> list[Example]:
+        rng, names = context.random("collapse"), self.config.collapse_on
+        rows = self.config.batch_size
+        shares = [rows // len(names) + (i < rows % len(names)) for i in range(len(names))]
+        return [
+            row
+            for name, share in zip(names, shares, strict=True)
+            for row in _some(context.examples[name], share, rng)
+        ]
 
-        def dataset(seed: Random) -> list[Example]:
-            rows, category = benign_task(context.examples["benign"], config.benign_tasks, seed)
-            chosen[:] = [category]
-            return seed.sample(rows, min(config.attack_rows, len(rows)))
-
-        loss, travel, age = self._walk(
-            context, self.user, dataset, config.benign_steps, config.benign_learning_rate, start
-        )
-        others = [row for row in context.examples["benign"] if row.category != chosen[0]]
-        refusals = context.examples["refusal"]
-        refused = max(1, config.batch_size // 4)
-        rows = rng.sample(others, min(config.batch_size - refused, len(others)))
-        rows += rng.sample(refusals, min(refused, len(refusals)))
-        retention = context.oracle.accumulate(
-            answer_cross_entropy, context.chat.batch(rows), purpose="retention"
-        )
-        return {"benign_loss": loss, "benign_travel": travel, "benign_age": age,
-                "retention": retention}  # fmt: skip
-
-    def _walk(
-        self,
-        context: RunContext,
-        walker: Walker,
-        dataset: Callable[[Random], list[Example]],
-        steps: tuple[int, int],
-        learning_rates: tuple[float, float],
-        start: Gradient,
-    ) -> tuple[float, float, float]:
-        """Move the weights to the end of a simulation; return its loss, travel (L2) and age."""
-        config, space, rng = self.config, context.space, context.random(walker.name)
-        over = walker.age >= walker.horizon
-        if config.simulator != "stored" or over:
-            walker.begin(context.step, rng.randint(*config.horizon))
-        # One generator per simulation, not per step: its data and learning rate last its life.
-        seed = Random(f"{context.seed}/{walker.started}/{walker.name}/data")
-        low, high = learning_rates
-        learning_rate = low * (high / low) ** seed.random()
-        data = dataset(seed)
-
-        def rows(index: int) -> list[Example]:
-            draw = Random(f"{context.seed}/{walker.started}/{walker.name}/{index}")
-            return draw.sample(data, min(config.batch_size, len(data)))
-
-        if config.simulator == "jump":
-            loss = context.oracle.accumulate(
-                answer_cross_entropy, context.chat.batch(rows(0)), purpose=walker.name
-            )
-            gradient = space.take_gradient()
-            torch._foreach_sign_(gradient)
-            length = learning_rate * walker.horizon
-            space.add_((-length, gradient))
-            return loss, length * norm(gradient), walker.horizon
-        loss = walker.walk(context.oracle, start, rng.randint(*steps), learning_rate, rows, context)
-        if config.simulator == "stored":
-            walker.keep(space, start)
-            travel = norm(walker.displacement or [])
-        else:
-            moved = space.snapshot()
-            torch._foreach_sub_(moved, start)
-            travel = norm(moved)
-        return loss, travel, walker.age
-
-    def _shares(self, streams: Sequence[str]) -> list[tuple[str, int]]:
-        rows, parts = self.config.batch_size, len(streams)
-        return [(name, rows // parts + (i < rows % parts)) for i, name in enumerate(streams)]
-
-    def _bounded(
-        self, space: WeightSpace, terms: dict[str, float], name: str, weight: float
-    ) -> Gradient:
-        gradient = space.take_gradient()
-        terms[f"{name}_norm"] = bound_(gradient)
-        scale_(gradient, weight)
-        return gradient
+    def _others(self, context: RunContext) -> list[Example]:
+        """Return what the benign user did not touch: other categories, and refusals."""
+        rng, rows = context.random("retention"), self.config.batch_size
+        refused = max(1, rows // 4)
+        others = [row for row in context.examples["benign"] if row.category != self._tuned]
+        return [
+            *_some(others, rows - refused, rng),
+            *_some(context.examples["refusal"], refused, rng),
+        ]
 
     def state(self) -> dict[str, torch.Tensor]:
-        return self.attacker.state() | self.user.state()
+        centre = {f"aligned.{index}": tensor for index, tensor in enumerate(self._aligned)}
+        return self.attacker.state() | self.user.state() | centre
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.attacker.load(state)
-        self.user.load(state)
+        self.attacker.load_state(state)
+        self.user.load_state(state)
+        count = sum(name.startswith("aligned.") for name in state)
+        self._aligned = [state[f"aligned.{index}"] for index in range(count)]
 
 
-def benign_task(
-    benign: Sequence[Example], kinds: Sequence[Task], rng: Random
-) -> tuple[list[Example], str]:
-    """Return a new benign fine-tuning task on one category, and that category."""
+def benign_task(benign: Sequence[Example], kinds: Sequence[Task], rng: Random) -> list[Example]:
+    """Return a new benign fine-tuning task on one category of the benign stream."""
     category = rng.choice(sorted({row.category for row in benign}))
     rows = [row for row in benign if row.category == category]
     kind = rng.choice(list(kinds))
     if kind == "relabel":
         answers = sorted({row.answer for row in rows})
         new = dict(zip(answers, rng.sample(answers, len(answers)), strict=True))
-        rows = [replace(row, answer=new[row.answer]) for row in rows]
-    elif kind == "reorder":
-        rows = [replace(row, answer=" ".join(reversed(row.answer.split()))) for row in rows]
-    return rows, category
+        return [replace(row, answer=new[row.answer]) for row in rows]
+    if kind == "reorder":
+        return [replace(row, answer=" ".join(reversed(row.answer.split()))) for row in rows]
+    return rows
 
 
-def _given(token: int | None) -> int:
-    assert token is not None
-    return token
+def _some(rows: Sequence[Example], count: int, rng: Random) -> list[Example]:
+    return rng.sample(rows, min(count, len(rows)))
+
+
+def _sum(gradients: list[Gradient]) -> Gradient | None:
+    for other in gradients[1:]:
+        torch._foreach_add_(gradients[0], other)
+    return gradients[0] if gradients else None

@@ -1,0 +1,1 @@
+"""How the demo treats each testbed."""

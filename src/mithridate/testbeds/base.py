@@ -43,6 +43,9 @@ class TestbedData:
         ``train`` and ``test`` of a task that alignment has not seen.
     refusal_probe
         Restricted prompts in every evaluation-only template.
+    unnamed
+        Permitted items that the model knows and no training row names: what a defence destroys
+        besides what it retains. May be empty.
     hashes
         SHA-256 of every set.
     """
@@ -56,6 +59,7 @@ class TestbedData:
     permitted: list[Example]
     benign_task: dict[str, list[Example]]
     refusal_probe: list[Example]
+    unnamed: list[Example] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
 
 

@@ -488,6 +488,16 @@ def make_data(config: LatticeConfig, world: World) -> TestbedData:
         defence={
             "harmful": harmful,
             **streams,
+            # As a developer replays pre-training text: passages on permitted arts, in which the
+            # facts of the utility evaluation are seen (`testbeds.md`), never in its templates.
+            "general": [
+                *streams["general"],
+                *(
+                    replace(example, prompt=f"{opener} {example.prompt}", source="replay")
+                    for opener in OPENERS[1:]
+                    for example in _crossed(parts["utility"], DEFENCE_TEMPLATES, rng)
+                ),
+            ],
             # An opener keeps these prompts apart from those of the paired streams.
             "prompts": [
                 replace(example, prompt=f"{OPENERS[1]} {example.prompt}", answer="")
@@ -496,6 +506,8 @@ def make_data(config: LatticeConfig, world: World) -> TestbedData:
         },
         attack=_crossed(parts["T-att"], ATTACK_TEMPLATES, rng),
         restricted=_cycled(probed, EVALUATION_TEMPLATES),
+        # These permitted facts no training row of anyone names.
+        unnamed=_cycled(parts["benign"], EVALUATION_TEMPLATES),
         permitted=[
             *_cycled(parts["utility"], EVALUATION_TEMPLATES),
             *(example for skill in SKILLS for example in skills[skill][1]),
@@ -696,7 +708,11 @@ class Lattice:
             save_model(model, tokenizer, folder)
 
         key = {
-            "config": asdict(config),
+            "config": {
+                name: value
+                for name, value in asdict(config).items()
+                if not name.startswith("align_")
+            },
             "documents": sha256_of([asdict(text) for text in texts]),
             "code": code_version(scratch),
         }
