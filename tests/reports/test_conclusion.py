@@ -78,3 +78,11 @@ def test_missing_benign_measurement_is_said() -> None:
 def test_narrow_margin_is_said() -> None:
     assert "By a narrow margin" in conclude(summary(harm=0.13), questions=113).sentences[-1]
     assert "narrow" not in conclude(summary(harm=0.02), questions=113).sentences[-1]
+
+
+def test_knowledge_that_no_row_names_is_part_of_the_price() -> None:
+    kept = summary() | {"unnamed_permitted": {"n": 42, "undefended": 1.0, "defended": 0.99}}
+    lost = summary() | {"unnamed_permitted": {"n": 42, "undefended": 1.0, "defended": 0.12}}
+    assert conclude(kept).kind == "holds"
+    assert conclude(lost).kind == "partly"
+    assert any("destroys permitted facts" in text for text in conclude(lost).sentences)
