@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -111,7 +112,8 @@ def main() -> None:
     names = options.only or list(variants)
     root = options.output_dir / options.testbed
     found: dict[str, list[dict[str, Any]]] = {}
-    with ProcessPoolExecutor(options.workers) as pool:
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=fresh, max_tasks_per_child=1) as pool:
         jobs = {
             (name, seed): pool.submit(run_variant, options.testbed, name, seed, str(root))
             for seed in options.seeds
@@ -125,6 +127,8 @@ def main() -> None:
             else:
                 failed[name, seed] = error
             sys.stderr.write(f"{name} seed {seed}: {'done' if error is None else error}\n")
+    if not found:
+        raise SystemExit("no variant finished; the reasons are above")
     asked = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, cwd=HERE, check=False).stdout
     caption = (

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import stat
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
@@ -329,3 +330,16 @@ def test_yaml_that_is_not_a_file(tmp_path: Path) -> None:
         read_yaml(tmp_path / "missing.yaml")
     with pytest.raises(InputError, match="cannot be read: Is a directory"):
         read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InputError("no rows", where="a.jsonl", mend="add some"),
+        NonFiniteError("retain", float("inf"), "lower it"),
+    ],
+)
+def test_errors_survive_the_way_between_processes(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert vars(again) == vars(error)

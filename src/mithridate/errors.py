@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The command line exits with code 2.
@@ -22,6 +24,14 @@ class InputError(ValueError):
         self.mend = mend
         place = f"{where}: " if where else ""
         super().__init__(f"{place}{what}\n  mend: {mend}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders by pickling, which knows positional arguments only.
+        return _input_error, (self.what, self.where, self.mend)
+
+
+def _input_error(what: str, where: str | None, mend: str) -> InputError:
+    return InputError(what, where=where, mend=mend)
 
 
 class RunStoppedError(RuntimeError):
@@ -48,10 +58,14 @@ class NonFiniteError(RunStoppedError):
     def __init__(self, term: str, value: float, hint: str = "") -> None:
         self.term = term
         self.value = value
+        self.hint = hint
         super().__init__(
             f"the term {term!r} became {value}"
             + (f"; {hint}" if hint else "; lower the learning rate or the term's weight")
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NonFiniteError, (self.term, self.value, self.hint)
 
 
 class GateError(RunStoppedError):

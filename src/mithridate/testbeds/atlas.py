@@ -105,8 +105,8 @@ class AtlasConfig:
     seed: int = 0
     align_steps: int = 100
     align_learning_rate: float = 1e-4
-    align_refusals: int = 5
-    align_benign: int = 6
+    align_refusals: int = 7
+    align_benign: int = 5
     align_general: int = 1
 
     def __post_init__(self) -> None:
