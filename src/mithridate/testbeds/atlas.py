@@ -103,9 +103,9 @@ class AtlasConfig:
     """
 
     seed: int = 0
-    align_steps: int = 100
+    align_steps: int = 220
     align_learning_rate: float = 1e-4
-    align_refusals: int = 7
+    align_refusals: int = 8
     align_benign: int = 5
     align_general: int = 1
 
