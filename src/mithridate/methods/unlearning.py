@@ -109,6 +109,7 @@ class Unlearning:
             purpose="harmful and refusal",
             into=(g_a, None),
             forwards=2,
+            walks=3,
         )
         torch._foreach_add_(context.space.gradient(), g_a, alpha=pull)
         return True

@@ -122,6 +122,8 @@ def add_exact(
                 value, oracle.space.tensors, create_graph=True, allow_unused=True
             )
             oracle.ledger[purpose].backwards += 1
+            # The second call walks the first one's graph and the forward pass again.
+            oracle.ledger[purpose].walks += 2
             total = value.new_zeros(())
             for c, gradient in direction:
                 for g, t in zip(first, gradient, strict=True):

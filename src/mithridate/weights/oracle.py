@@ -21,13 +21,16 @@ from mithridate.weights.losses import Loss
 class PassCount:
     """What one purpose has cost so far on this process.
 
-    ``forwards`` and ``backwards`` count traversals, a backward call that walks two graphs is one;
-    ``tokens`` are real (not padded) tokens that went through a forward pass.
+    ``forwards`` count traversals and ``backwards`` calls; ``walks`` are the traversals of those
+    calls (one that walks two graphs counts two). ``tokens`` are real (not padded) tokens that went
+    through a forward pass, ``generated`` those that were sampled.
     """
 
     forwards: int = 0
     backwards: int = 0
+    walks: int = 0
     tokens: int = 0
+    generated: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
 
@@ -133,6 +136,31 @@ class GradientOracle:
             for p, grad in zip(self.space.tensors, before, strict=True):
                 p.grad = grad
 
+    @contextmanager
+    def training_only(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Run the body with the trainable weights of ``modules`` as the whole weight space.
+
+        The other weights get no gradient there, not even a buffer of zeros, so that an optimiser
+        step leaves them as they are.
+
+        Raises
+        ------
+        InputError
+            If ``modules`` have no trainable weights.
+        """
+        whole, chosen = self.space, {id(p) for module in modules for p in module.parameters()}
+        frozen = [p for p in whole.tensors if id(p) not in chosen]
+        try:
+            for p in frozen:
+                p.requires_grad_(False)
+                p.grad = None
+            self.space = WeightSpace(self.model)
+            yield
+        finally:
+            self.space = whole
+            for p in frozen:
+                p.requires_grad_(True)
+
     def backward(
         self,
         forward: Callable[[], Sequence[torch.Tensor]],
@@ -141,6 +169,7 @@ class GradientOracle:
         purpose: str,
         into: Sequence[Gradient | None] = (None,),
         forwards: int = 1,
+        walks: int | None = None,
     ) -> list[float]:
         """Run one forward pass, then one backward call per term it returns.
 
@@ -150,8 +179,13 @@ class GradientOracle:
             Returns scalar terms, each already normalised.
         into
             For each term the buffer its gradient is added to; ``None`` means ``.grad``.
+        inputs
+            Tensors to differentiate by instead of the weights, which then get no gradient and
+            cost none.
         forwards
             Traversals that ``forward`` makes.
+        walks
+            Traversals of the backward calls; ``None``: one each.
 
         Returns
         -------
@@ -171,7 +205,7 @@ class GradientOracle:
             values.append(value)
             last = index == len(terms) - 1
             if target is None:
-                term.backward(retain_graph=not last)
+                term.backward(retain_graph=not last, inputs=inputs)
             else:
                 held = [p.grad for p in self.space.tensors]
                 self.space.give_gradient(target)
@@ -183,6 +217,7 @@ class GradientOracle:
         count.peak_bytes = max(count.peak_bytes, self._memory())
         count.forwards += forwards
         count.backwards += len(terms)
+        count.walks += len(terms) if walks is None else walks
         count.tokens += tokens
         count.seconds += time.perf_counter() - started
         return values
