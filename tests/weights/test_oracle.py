@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mithridate.chat import IGNORE
-from mithridate.errors import InactiveTermError, NonFiniteError
+from mithridate.errors import InactiveTermError, InputError, NonFiniteError
 from mithridate.weights import GradientOracle
 from mithridate.weights.losses import answer_cross_entropy
 from tests.tiny import (
@@ -91,6 +91,43 @@ def test_one_forward_can_fill_two_buffers(model):
     assert relative_error(oracle.space.gradient(), [2 * tensor for tensor in apart]) < 1e-12
     count = oracle.ledger["two"]
     assert (count.forwards, count.backwards, count.tokens) == (1, 2, batch.tokens)
+
+
+def test_a_gradient_by_given_tensors_leaves_the_weights_alone(model):
+    oracle, batch = GradientOracle(model), tiny_batch()
+    factor = torch.full((), 2.0, dtype=torch.float64, requires_grad=True)
+    (value,) = oracle.backward(
+        lambda: [factor.square() * mean_loss(model, batch)],
+        tokens=batch.tokens,
+        purpose="x",
+        inputs=[factor],
+    )
+    assert float(factor.grad) == pytest.approx(value)
+    assert all(p.grad is None for p in oracle.space.tensors)
+    assert oracle.backwards == 1
+
+
+def test_training_only_some_modules_gives_the_others_no_gradient(model):
+    oracle, batch = GradientOracle(model), tiny_batch()
+    whole = oracle.space
+    expected = dict(zip(whole.names, gradient_of(model, mean_loss(model, batch)), strict=True))
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[1]
+    with oracle.training_only([layer]):
+        oracle.accumulate(answer_cross_entropy, batch, purpose="x")
+        names = oracle.space.names
+        assert names
+        assert all(".layers.1." in name for name in names)
+        assert relative_error(oracle.space.gradient(), [expected[name] for name in names]) < 1e-10
+    assert oracle.space is whole
+    for name, p in zip(whole.names, whole.tensors, strict=True):
+        assert p.requires_grad
+        assert (p.grad is not None) == (name in names)
+    with pytest.raises(InputError, match="no trainable"), oracle.training_only([]):
+        pass
+    with pytest.raises(RuntimeError, match="body"), oracle.training_only([layer]):
+        raise RuntimeError("body")
+    assert oracle.space is whole
+    assert all(p.requires_grad for p in whole.tensors)
 
 
 def test_the_ledger_counts_passes_and_real_tokens_per_purpose(model):

@@ -168,6 +168,7 @@ class GradientOracle:
         tokens: int,
         purpose: str,
         into: Sequence[Gradient | None] = (None,),
+        inputs: Sequence[torch.Tensor] | None = None,
         forwards: int = 1,
         walks: int | None = None,
     ) -> list[float]:
