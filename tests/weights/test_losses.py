@@ -10,7 +10,15 @@ from torch import nn
 from mithridate.chat import IGNORE
 from mithridate.errors import InputError
 from mithridate.weights import losses
-from tests.tiny import LORA, VOCABULARY, mean_loss, tiny_batch, tiny_llama, tiny_model
+from tests.tiny import (
+    LORA,
+    VOCABULARY,
+    MemoryWatch,
+    mean_loss,
+    tiny_batch,
+    tiny_llama,
+    tiny_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +115,77 @@ def test_a_model_without_a_known_final_norm_is_refused():
 
     with pytest.raises(InputError, match="no final norm found in Linear"):
         losses.final_norm(Odd())
+
+
+def plain_statistics(model, batch):
+    """log p and entropy at the answers from whole logits, written a second time."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+    wanted = batch.labels[:, 1:] != IGNORE
+    p = logits[wanted].exp() / logits[wanted].exp().sum(-1, keepdim=True)
+    token = p[torch.arange(len(p)), batch.labels[:, 1:][wanted]].log()
+    return token, -(p * p.log()).sum(-1)
+
+
+@pytest.mark.parametrize("space", ["full", LORA])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_chunked_log_probability_and_entropy_are_the_plain_formula(space, rows, monkeypatch):
+    model, batch = tiny_model(space), tiny_batch(5)
+    monkeypatch.setattr(losses, "CHUNK", rows * VOCABULARY)
+    found = losses.answer_log_probability_and_entropy(model, batch)
+    expected = plain_statistics(model, batch)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        scales = torch.linspace(-1, 2, len(one), dtype=one.dtype)
+        gradients = (torch.autograd.grad((scales * x).sum(), weights, retain_graph=True)
+                     for x in (one, other))  # fmt: skip
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_chunked_entropy_needs_memory_for_a_chunk_only(monkeypatch):
+    model = tiny_llama(dtype=torch.float32, hidden=2, layers=1)
+    model.resize_token_embeddings(4000, mean_resizing=False)
+    batch = tiny_batch(4, length=60)
+    batch = replace(batch, labels=batch.input_ids)
+    whole = batch.label_count * 4000 * 4
+    peaks = []
+    for chunk in (1 << 24, 4 * 4000):
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        with MemoryWatch() as watch:
+            _, spread = losses.answer_log_probability_and_entropy(model, batch)
+            spread.sum().backward()
+        peaks.append(watch.peak)
+    assert peaks[0] > 2 * whole
+    assert peaks[1] < 0.5 * whole
+
+
+def test_entropy_is_log_v_at_uniform_and_zero_at_one_hot_odds():
+    uniform = torch.zeros(2, 9, dtype=torch.float64).log_softmax(-1)
+    torch.testing.assert_close(losses.entropy(uniform), torch.full((2,), math.log(9)).double())
+    certain = torch.tensor([[800.0, 0.0, 0.0]], dtype=torch.float64).log_softmax(-1)
+    assert float(losses.entropy(certain)) == 0
+
+
+def test_a_head_that_is_more_than_a_projection_is_refused():
+    model, batch = tiny_llama(), tiny_batch(2)
+    losses.check_head(model, batch)
+    plain = model.forward
+
+    def scaled(**inputs):
+        output = plain(**inputs)
+        output.logits = 3 * output.logits
+        return output
+
+    model.forward = scaled
+    with pytest.raises(InputError, match="LlamaForCausalLM are not its output head's alone"):
+        losses.check_head(model, batch)
+
+
+def test_the_final_soft_cap_is_known():
+    model, batch = tiny_llama(), tiny_batch(2)
+    model.config.final_logit_softcapping = 0.5
+    states, _ = losses.answer_states(model, batch)
+    logits, _ = losses.answer_logits(model, batch)
+    capped = losses.output_head(model)(states)
+    torch.testing.assert_close(capped, 0.5 * torch.tanh(logits / 0.5))

@@ -22,6 +22,9 @@ from mithridate.errors import InputError
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
+CHUNK = 1 << 24
+"""Numbers in a vocabulary-sized tensor of `in_chunks`: 64 MiB in float32."""
+
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
 
 
@@ -153,6 +156,164 @@ def layerwise_cross_entropy(
             # One (positions, vocabulary) matrix at a time: all layers' together would not fit.
             lens = lens + checkpoint(read, state, use_reentrant=False, preserve_rng_state=False)
     return output, lens
+
+
+def answer_states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the final hidden states that predict the answer tokens, and those tokens.
+
+    What `answer_logits` projects onto the vocabulary at once, for `output_head` to project in
+    parts.
+
+    Returns
+    -------
+    states
+        Shape (label positions, hidden size).
+    targets
+        Shape (label positions,), token ids.
+    """
+    targets = batch.labels[:, 1:]
+    wanted = targets != IGNORE
+    return _final_states(model, batch)[0][:, :-1][wanted], targets[wanted]
+
+
+def _final_states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return every position's final hidden state, and the logits of at least the last position."""
+    extra: dict[str, int] = {}
+    if "logits_to_keep" in _forward_parameters(type(_innermost(model))):
+        extra["logits_to_keep"] = 1
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+        output_hidden_states=True,
+        **extra,
+    )
+    return output.hidden_states[-1], output.logits
+
+
+def output_head(
+    model: nn.Module, *, adapted: bool = True
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the map from final hidden states to logits in float32 or better.
+
+    Parameters
+    ----------
+    adapted
+        ``False`` leaves out a LoRA adapter on the head itself.
+    """
+    inner = _innermost(model)
+    head = inner.get_output_embeddings()
+    if not adapted:
+        head = getattr(head, "base_layer", head)
+    cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+
+    def project(states: torch.Tensor) -> torch.Tensor:
+        logits = widen(head(states))
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return project
+
+
+def check_head(model: nn.Module, batch: Batch) -> None:
+    """Refuse a model whose logits are more than `output_head` of its final hidden states.
+
+    Raises
+    ------
+    InputError
+        Where the two differ on ``batch``.
+    """
+    with torch.no_grad():
+        states, logits = _final_states(model, batch)
+        projected = output_head(model)(states[:, -1])
+    if not torch.allclose(projected, widen(logits[:, -1]), rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"the logits of {type(_innermost(model)).__name__} are not its output head's alone",
+            mend="use a model whose head is one projection (a final soft cap is known)",
+        )
+
+
+def in_chunks(
+    model: nn.Module, read: Callable[..., tuple[torch.Tensor, ...]], *columns: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return ``read(*columns)``, its vocabulary-sized tensors made a few positions at a time.
+
+    Their memory is bounded whatever the length of ``columns``: each chunk's are made again in the
+    backward pass.
+
+    Parameters
+    ----------
+    model
+        Its vocabulary is the width of what ``read`` makes from each row.
+    read
+        Takes rows of ``columns`` and returns tensors of shape (rows,); called twice, it must
+        return the same.
+    columns
+        Tensors of equal first dimension, at least 1.
+    """
+    vocabulary = _innermost(model).get_output_embeddings().weight.shape[0]
+    size, rows = max(1, CHUNK // vocabulary), len(columns[0])
+    if rows <= size:
+        return read(*columns)
+
+    def joined(*part: torch.Tensor) -> torch.Tensor:
+        # Apart, a result that no loss uses would keep what was made again for it.
+        return torch.stack(read(*part), dim=1)
+
+    pieces = [
+        checkpoint(
+            joined,
+            *(column[start : start + size] for column in columns),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for start in range(0, rows, size)
+    ]
+    return torch.cat(pieces).unbind(dim=1)
+
+
+def entropy(log_p: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of each row of log-probabilities, in nats, over the last dimension."""
+    return -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def answer_log_probability_and_entropy(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    soft: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p of every answer token and the entropy it was drawn with, in nats.
+
+    Both are over the full vocabulary, in chunks (`in_chunks`), and can be differentiated.
+
+    Parameters
+    ----------
+    soft
+        ``soft(positions, log_p)`` returns weights of the shape of ``log_p`` (rows, vocabulary)
+        for those label positions, counted from 0; in place of log p(token) then stands their
+        weighted sum of log-probabilities.
+
+    Returns
+    -------
+    log_probability, entropy
+        Shape (label positions,), row by row.
+    """
+    states, targets = answer_states(model, batch)
+    head = output_head(model)
+
+    def read(
+        states: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        log_p = head(states).log_softmax(dim=-1)
+        if soft is None:
+            score = log_p.gather(1, targets[:, None])[:, 0]
+        else:
+            score = (soft(positions, log_p.detach()) * log_p).sum(dim=-1)
+        return score, entropy(log_p)
+
+    positions = torch.arange(len(targets), device=targets.device)
+    score, spread = in_chunks(model, read, states, targets, positions)
+    return score, spread
 
 
 def final_norm(model: nn.Module) -> nn.Module:

@@ -1,0 +1,132 @@
+"""Rollouts: several sampled answers to each prompt, in batches, with the key-value cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import GenerationConfig
+
+from mithridate.chat import Batch, ChatFormat, Encoded
+from mithridate.configs import require
+from mithridate.methods.base import RunContext
+from mithridate.weights import GradientOracle
+from mithridate.weights.oracle import PassCount
+
+_ROWS = 64
+
+
+def roll_out(
+    context: RunContext,
+    prompts: Sequence[str],
+    *,
+    copies: int,
+    prompt_length: int,
+    response_length: int,
+    purpose: str = "rollouts",
+) -> Batch:
+    """Answer every prompt ``copies`` times at temperature 1, from the full vocabulary.
+
+    Seeded by (seed, step): neither micro-batches nor the number of processes change the answers.
+    Each process samples its share, and all get all.
+
+    Parameters
+    ----------
+    prompt_length
+        Tokens kept of each prompt, its last.
+    response_length
+        Tokens of an answer at most; one that is cut short has no end-of-turn token.
+
+    Returns
+    -------
+    Batch
+        The answers to one prompt are adjacent rows; the answer tokens carry labels.
+    """
+    chat, oracle = context.chat, context.oracle
+    device = context.space.tensors[0].device
+    count = oracle.ledger.setdefault(purpose, PassCount())
+    started = time.perf_counter()
+    starts = [chat.prompt_ids(text)[-prompt_length:] for text in prompts for _ in range(copies)]
+    seed = context.random(purpose).getrandbits(62)
+    rank = distributed.get_rank() if oracle.processes > 1 else 0
+    # Ids plus one, so that the sum over processes is the one that was sampled.
+    table = torch.zeros(len(starts), response_length, dtype=torch.long, device=device)
+    for number, first in enumerate(range(0, len(starts), _ROWS)):
+        if number % oracle.processes == rank:
+            part = starts[first : first + _ROWS]
+            with torch.autocast(device.type, torch.bfloat16, enabled=oracle.autocast):
+                made = _sample(oracle.model, chat, part, response_length, seed + number)
+            table[first : first + len(part), : made.shape[1]] = made + 1
+            count.tokens += sum(map(len, part))
+            count.generated += sum(len(_answer(row, chat)) for row in made.tolist())
+    oracle.reduce([table])
+    count.seconds += time.perf_counter() - started
+    answers = [_answer([token - 1 for token in row if token], chat) for row in table.tolist()]
+    return chat.collate(
+        [Encoded(start + answer, len(start)) for start, answer in zip(starts, answers, strict=True)]
+    )
+
+
+@contextmanager
+def whole_groups(oracle: GradientOracle, batch: Batch, size: int) -> Iterator[Iterator[int]]:
+    """Let the oracle cut ``batch`` between groups of ``size`` rows only (A1).
+
+    Yields
+    ------
+    iterator of int
+        The first row of each micro-batch that this process will be given, in order.
+    """
+    groups, before = len(batch) // size, oracle.micro_batch_size
+    require(groups >= oracle.processes, f"{groups} prompts for {oracle.processes} processes",
+            "raise batch_size")  # fmt: skip
+    wanted = (before or len(batch)) // size
+    rows = size * max(1, min(wanted, groups // oracle.processes))
+    rank = distributed.get_rank() if oracle.processes > 1 else 0
+    oracle.micro_batch_size = rows
+    try:
+        yield iter(range(rank * rows, len(batch), oracle.processes * rows))
+    finally:
+        oracle.micro_batch_size = before
+
+
+def _sample(
+    model: Any, chat: ChatFormat, starts: Sequence[list[int]], length: int, seed: int
+) -> torch.Tensor:
+    """Return the sampled ids, shape (rows, at most ``length``)."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = plain.device
+    inputs = chat.collate([Encoded(ids, len(ids)) for ids in starts], padding_side="left")
+    stored = plain.generation_config
+    # Nothing that a model's folder sets may shape what the policy is said to sample.
+    plain.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length,
+        eos_token_id=chat.stop_ids,
+        pad_token_id=chat.pad_id,
+        use_cache=True,
+    )
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            output = plain.generate(
+                input_ids=inputs.input_ids.to(device),
+                attention_mask=inputs.attention_mask.to(device),
+            )
+    finally:
+        plain.generation_config = stored
+    made: torch.Tensor = output[:, inputs.input_ids.shape[1] :]
+    return made
+
+
+def _answer(ids: list[int], chat: ChatFormat) -> list[int]:
+    """Return the ids up to the first stop token, which belongs to the answer."""
+    length = next((n for n, token in enumerate(ids, 1) if token in chat.stop_ids), len(ids))
+    return ids[:length]
