@@ -120,6 +120,8 @@ class ChatFormat:
         Any `transformers` tokenizer.
     system
         System turn put before every prompt; ``None`` leaves it to the template.
+    max_length
+        Tokens per encoded example, where a call gives none of its own.
 
     Raises
     ------
@@ -127,9 +129,16 @@ class ChatFormat:
         Where the template cannot be rendered, or no end-of-turn token can be found.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.system = system
+        self.max_length = max_length
         self.templated = tokenizer.chat_template is not None
         if self.templated:
             template = tokenizer.get_chat_template()
@@ -173,6 +182,7 @@ class ChatFormat:
             Where the answer holds no token, or does not fit in ``max_length`` tokens together
             with one token of the prompt.
         """
+        max_length = self.max_length if max_length is None else max_length
         prompt, answer = self.prompt_ids(example.prompt), self.answer_ids(example.answer)
         if not example.answer.strip() or len(answer) == 1:
             raise InputError(

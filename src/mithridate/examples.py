@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from mithridate.errors import InputError
@@ -176,6 +177,35 @@ def deduplicate(examples: Iterable[Example]) -> list[Example]:
         key = (normalise_prompt(example.prompt), normalise_prompt(example.answer))
         first.setdefault(key, example)
     return list(first.values())
+
+
+def evenly_by_category(categories: Sequence[str], rng: Random) -> list[int]:
+    """Return an order of rows in which every category comes equally often.
+
+    Each round has one row of every category, in an order of its own. The largest category is
+    gone through once; a smaller one starts again, reshuffled, whenever it runs out.
+
+    Parameters
+    ----------
+    categories
+        Of each row.
+
+    Returns
+    -------
+    list of int
+        Row numbers, (number of categories) x (size of the largest) of them.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, category in enumerate(categories):
+        groups.setdefault(category, []).append(row)
+    rounds = max(map(len, groups.values()))
+    columns = []
+    for name in sorted(groups):
+        column: list[int] = []
+        while len(column) < rounds:
+            column += rng.sample(groups[name], len(groups[name]))
+        columns.append(column[:rounds])
+    return [row for one in zip(*columns, strict=True) for row in rng.sample(one, len(one))]
 
 
 def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:

@@ -302,6 +302,6 @@ def test_bad_options_are_named(options):
 
 
 def test_a_walker_without_a_start_has_only_counters():
-    walker = Walker("attack", "stored", steps=(1, 1), life=(1, 1), learning_rate=(1e-3, 1e-3),
-                    batch_size=2)  # fmt: skip
+    walker = Walker("attack", "stored", steps=(1, 1), life=(1, 1), batch_size=2,
+                    learning_rates={"adamw": (1e-3, 1e-3)})  # fmt: skip
     assert set(walker.state()) == {"attack.counters"}

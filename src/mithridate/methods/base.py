@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from mithridate.chat import Batch, ChatFormat
-from mithridate.examples import Example
-from mithridate.weights import GradientOracle, WeightSpace
+from mithridate.examples import Example, evenly_by_category
+from mithridate.weights import Gradient, GradientOracle, WeightSpace, dot, norm
 
 
 @dataclass
@@ -41,6 +42,10 @@ class RunContext:
         The outer optimiser's learning rate at this step.
     output_dir
         The run folder, for what a method's preparation leaves behind; never texts.
+    balanced
+        Streams of which every category is drawn equally often.
+    shares
+        Where `share` puts the terms' gradients; ``None`` on steps that do not ask for them.
     """
 
     oracle: GradientOracle
@@ -52,28 +57,82 @@ class RunContext:
     step: int = 0
     learning_rate: float = 0.0
     output_dir: Path | None = None
+    balanced: frozenset[str] = frozenset()
+    shares: dict[str, Gradient] | None = None
 
     @property
     def space(self) -> WeightSpace:
         """The trainable weights."""
         return self.oracle.space
 
-    def random(self, what: str) -> random.Random:
+    def random(self, what: str) -> Random:
         """Return a generator seeded by (seed, step, what): equal on all ranks (D3)."""
-        return random.Random(f"{self.seed}/{self.step}/{what}")
+        return Random(f"{self.seed}/{self.step}/{what}")
 
-    def rows_of_step(self, count: int, rows: int, what: str) -> list[int]:
+    def rows_of_step(
+        self, count: int, rows: int, what: str, categories: Sequence[str] | None = None
+    ) -> list[int]:
         """Return which of ``count`` rows a method's own stream gives at this step.
 
         Epochs are permutations seeded by (seed, what, epoch), so the step is the whole state.
+
+        Parameters
+        ----------
+        categories
+            Of each row, to be drawn equally often.
         """
-        chosen = []
-        for position in range(self.step * rows, (self.step + 1) * rows):
-            epoch, place = divmod(position, count)
-            order = list(range(count))
-            random.Random(f"{self.seed}/{what}/{epoch}").shuffle(order)
-            chosen.append(order[place])
-        return chosen
+
+        def order(epoch: int) -> list[int]:
+            rng = Random(f"{self.seed}/{what}/{epoch}")
+            if categories is not None:
+                return evenly_by_category(categories, rng)
+            numbers = list(range(count))
+            rng.shuffle(numbers)
+            return numbers
+
+        length = len(order(0))
+        places = [
+            divmod(position, length) for position in range(self.step * rows, (self.step + 1) * rows)
+        ]
+        orders = {epoch: order(epoch) for epoch, _ in places}
+        return [orders[epoch][place] for epoch, place in places]
+
+    def some(self, stream: str, count: int, rng: Random) -> list[Example]:
+        """Return at most ``count`` different examples of a stream, chosen by ``rng``."""
+        rows = self.examples[stream]
+        count = min(count, len(rows))
+        if stream not in self.balanced:
+            return rng.sample(rows, count)
+        order = evenly_by_category([row.category for row in rows], rng)
+        return [rows[index] for index in list(dict.fromkeys(order))[:count]]
+
+    def share(self, term: str, gradient: Gradient | None = None) -> None:
+        """Note a term's part of the combined gradient (H2), on the steps that ask for it.
+
+        Parameters
+        ----------
+        gradient
+            The part, copied here; ``None`` takes all of ``.grad`` that no term has claimed yet.
+        """
+        if self.shares is None:
+            return
+        part = [t.clone() for t in (self.space.gradient() if gradient is None else gradient)]
+        if gradient is None:
+            for claimed in self.shares.values():
+                torch._foreach_sub_(part, claimed)
+        self.shares[term] = part
+
+    def take_shares(self) -> dict[str, float]:
+        """Return each noted part's L2 norm and its cosine with ``.grad``, and forget them."""
+        found: dict[str, float] = {}
+        if self.shares:
+            whole = self.space.gradient()
+            for term, part in self.shares.items():
+                found[f"norm_{term}"] = size = norm(part)
+                if size * norm(whole) > 0:
+                    found[f"cos_{term}"] = dot(part, whole) / (size * norm(whole))
+        self.shares = None
+        return found
 
     def draw_joined(self, streams: tuple[str, ...], rows: int) -> Batch:
         """Draw ``rows`` rows in all, shared evenly among ``streams``, as one batch."""
@@ -121,6 +180,8 @@ class Method(ABC):
     defends: ClassVar[str]
     limits: ClassVar[str]
     spaces: ClassVar[tuple[str, ...]] = ("full", "lora")
+    one_shot: ClassVar[bool] = False
+    """Whether `prepare` does all the work, and no step is taken."""
     config_class: ClassVar[type[MethodConfig]]
     config: Any
 
@@ -143,6 +204,13 @@ class Method(ABC):
     def active_terms(self) -> tuple[str, ...]:
         """Names among `step`'s results that stop the run when they stay zero (H1)."""
         return ()
+
+    def check(self, model: nn.Module | None) -> None:  # noqa: B027
+        """Refuse what no run could use, before any work.
+
+        Asked first without a model, before it is read, then with it, before the run folder is
+        written.
+        """
 
     def prepare(self, context: RunContext) -> dict[str, float]:  # noqa: ARG002
         """Work before the first step (pairing, fidelity checks); returns what to log."""

@@ -195,8 +195,11 @@ class CTRAP(Method):
                 with self._ahead.shifted(context, terms) as harmful:
                     self._collapse(context, batch, harmful, terms)
             terms["collapse_norm"] = norm(context.space.gradient())
+            context.share("collapse")
             self._watch(context, batch, terms, "p_e")
         terms["retain"] = context.oracle.accumulate(answer_cross_entropy, retain, purpose="retain")
+        if self.trapped:
+            context.share("retain")
         return terms
 
     def _exact(self, context: RunContext, batch: Batch, terms: dict[str, float]) -> None:

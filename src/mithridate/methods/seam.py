@@ -28,6 +28,9 @@ step of length         unit direction                 the probe vanishes as c ap
 eps * ||delta||                                       ``fd_step="released"``
 bf16 weights           refused; exact under autocast  the difference is void there (P3)
 c per micro-batch      of the whole step (A1)         a cosine of means is not a mean of cosines
+c at the weights       the same                       ours, against attackers who leave the point:
+                                                      ``coupling_at="trajectory"``, c where a
+                                                      simulated attack ends, straight through
 6 passes               5 at one micro-batch           lens and refusal share a backward call
 ====================== ============================== ==========================================
 """
@@ -35,9 +38,12 @@ c per micro-batch      of the whole step (A1)         a cosine of means is not a
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
+
+import torch
 
 from mithridate.chat import IGNORE, Batch
 from mithridate.configs import require
@@ -45,6 +51,9 @@ from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.coupling import Coupling
 from mithridate.methods.pairs import Pair, pair_by_prompt, without_common_tokens
 from mithridate.methods.unlearning import Kind, Layers, Unlearning
+from mithridate.methods.walkers import Range, Walker
+from mithridate.weights import Gradient
+from mithridate.weights.arithmetic import scale_
 from mithridate.weights.losses import answer_cross_entropy
 
 
@@ -77,6 +86,12 @@ class SEAMConfig(MethodConfig):
         two streams by prompt.
     benign_labels
         ``all`` trains the benign prompt too.
+    coupling_at
+        ``point``: the present weights. ``trajectory``: where a simulated AdamW attack ends, first
+        order (its steps are not differentiated).
+    attack_steps, attack_learning_rate, attack_rows
+        Of the simulated attack, drawn for each step: range of its steps, uniformly; range of its
+        learning rate, log-uniformly; examples in its data set.
     variant
         ``released`` sets every value of the released code: for reproduction only.
     """
@@ -92,6 +107,10 @@ class SEAMConfig(MethodConfig):
     fd_step: Literal["unit", "released"] = "unit"
     answer_mask: Literal["answer", "difference"] = "answer"
     benign_labels: Literal["answer", "all"] = "answer"
+    coupling_at: Literal["point", "trajectory"] = "point"
+    attack_steps: tuple[int, int] = (1, 10)
+    attack_learning_rate: Range = (2e-5, 2e-4)
+    attack_rows: int = 20
     variant: Literal["default", "released"] = "default"
 
     def __post_init__(self) -> None:
@@ -102,6 +121,14 @@ class SEAMConfig(MethodConfig):
             "SEAM's weights are negative, or no term is left",
             "give a weight above 0 to at least one term",
         )
+        for name, lowest in (("attack_steps", 1), ("attack_learning_rate", 1e-12)):
+            low, high = getattr(self, name)
+            require(
+                lowest <= low <= high,
+                f"{name} [{low}, {high}] is not a range",
+                "give [low, high] with 0 < low <= high",
+            )
+        require(self.attack_rows >= 1, "attack_rows is below 1", "give 1 or more")
         for name in ("unlearning_layers", "epsilon", "unlearning_cap"):
             value = getattr(self, name)
             require(
@@ -123,6 +150,7 @@ RELEASED = {
     "fd_step": "released",
     "answer_mask": "difference",
     "benign_labels": "all",
+    "coupling_at": "point",
 }
 
 
@@ -142,6 +170,10 @@ class SEAM(Method):
             config = replace(config, **RELEASED)  # type: ignore[arg-type]
         self.config = config
         self.coupled = config.coupling_weight > 0
+        self.walks = self.coupled and config.coupling_at == "trajectory"
+        self._attacker = Walker("attack", "steps", steps=config.attack_steps, life=(1, 1),
+                                learning_rates={"adamw": config.attack_learning_rate},
+                                batch_size=config.batch_size)  # fmt: skip
         self._coupling = Coupling(
             config.coupling_weight, config.hvp, config.epsilon, config.fd_step
         )
@@ -158,7 +190,11 @@ class SEAM(Method):
 
     @property
     def passes_per_step(self) -> float:
-        passes = len(self.streams)
+        passes: float = len(self.streams)
+        if self.walks:
+            # L_ul needs the harmful batch at the weights, c at the attack's end.
+            passes += bool(self.config.unlearning != "none") + self._attacker.mean_passes
+            return passes + self._coupling.backwards
         if self.coupled:
             passes += self._coupling.backwards
             if self.config.unlearning == "layerwise_log" and not self.config.refusal_weight:
@@ -167,7 +203,7 @@ class SEAM(Method):
 
     @property
     def parameter_buffers(self) -> int:
-        return 3 if self.coupled else 0
+        return 3 + self.walks if self.coupled else 0
 
     @property
     def active_terms(self) -> tuple[str, ...]:
@@ -186,38 +222,95 @@ class SEAM(Method):
             context.chat.batch(context.examples[name][: self.config.batch_size])
             for name in ("harmful", "benign")
         )
-        return self._coupling.prepare(context, harmful, benign)
+        with self._simulated(context, {}):
+            return self._coupling.prepare(context, harmful, benign)
 
     def step(self, context: RunContext) -> dict[str, float]:
-        oracle, alpha = context.oracle, self.config.refusal_weight
         context.space.give_gradient(None)
         batches = self._draw(context)
         terms: dict[str, float] = {}
-        done, g_a = False, context.space.zeros() if self.coupled else None
-        precision = self._coupling.precision(context) if self.coupled else nullcontext()
-        with precision:
+        if self.walks:
+            with self._simulated(context, terms):
+                self._couple(context, batches, None, terms)
+            coupling = context.space.take_gradient()
+            self._unlearn(context, batches, None, terms)
+            torch._foreach_add_(context.space.gradient(), coupling)
+        else:
+            g_a = context.space.zeros() if self.coupled else None
+            self._unlearn(context, batches, g_a, terms)
+            if g_a is not None:
+                self._couple(context, batches, g_a, terms)
+        if self.coupled:
+            context.share("coupling")
+        return terms
+
+    def _unlearn(
+        self,
+        context: RunContext,
+        batches: dict[str, Batch],
+        g_a: Gradient | None,
+        terms: dict[str, float],
+    ) -> None:
+        """Put the gradient of L_ul + alpha * L_up into an empty ``.grad``; fill ``g_a``."""
+        oracle, alpha = context.oracle, self.config.refusal_weight
+        unlearning, done = self.config.unlearning != "none", False
+        with nullcontext() if g_a is None else self._coupling.precision(context):
             if g_a is not None and alpha > 0:
                 done = self._unlearning.add_with_refusals(
                     context, batches["harmful"], terms, g_a, batches["refusal"], alpha
                 )
-            if not done and "harmful" in batches:
+            if not done and (unlearning or g_a is not None):
                 self._unlearning.add(context, batches["harmful"], terms, g_a)
+        if done and context.shares is not None:
+            # One call made both: only a pass of its own tells them apart.
+            refusal, _ = oracle.gradient(answer_cross_entropy, batches["refusal"], purpose="watch")
+            scale_(refusal, alpha)
+            context.share("refusal", refusal)
+        if unlearning:
+            context.share("unlearning")
         if not done and alpha > 0:
             terms["refusal"] = oracle.accumulate(
                 answer_cross_entropy, batches["refusal"], purpose="refusal", coefficient=alpha
             )
-        if g_a is not None:
-            with self._coupling.precision(context):
-                g_b, terms["benign"] = oracle.gradient(
-                    answer_cross_entropy, batches["benign"], purpose="benign"
+            context.share("refusal")
+
+    def _couple(
+        self,
+        context: RunContext,
+        batches: dict[str, Batch],
+        g_a: Gradient | None,
+        terms: dict[str, float],
+    ) -> None:
+        """Add the gradient of beta * c at the weights as they stand; ``g_a`` where known."""
+        gradient = context.oracle.gradient
+        with self._coupling.precision(context):
+            if g_a is None:
+                g_a, terms["harmful_ahead"] = gradient(
+                    answer_cross_entropy, batches["harmful"], purpose="harmful ahead"
                 )
-            self._coupling.add(context, batches["harmful"], g_a, batches["benign"], g_b, terms)
-        return terms
+            g_b, terms["benign"] = gradient(
+                answer_cross_entropy, batches["benign"], purpose="benign"
+            )
+        self._coupling.add(context, batches["harmful"], g_a, batches["benign"], g_b, terms)
+
+    @contextmanager
+    def _simulated(self, context: RunContext, terms: dict[str, float]) -> Iterator[None]:
+        """Run the body where a simulated attack ends, if it is there that c is to be lowered."""
+        if not self.walks:
+            yield
+            return
+        with context.space.kept() as start:
+            terms |= self._attacker.walk(
+                context, start, lambda rng: context.some("harmful", self.config.attack_rows, rng)
+            )
+            yield
 
     def _draw(self, context: RunContext) -> dict[str, Batch]:
         rows = self.config.batch_size
         if self.config.answer_mask == "difference":
-            chosen = context.rows_of_step(len(self._pairs), rows, "seam")
+            evenly = not context.balanced.isdisjoint(("harmful", "refusal"))
+            categories = [harmful.category for harmful, _ in self._pairs] if evenly else None
+            chosen = context.rows_of_step(len(self._pairs), rows, "seam", categories)
             harmful, refusal = (
                 context.chat.batch([self._pairs[row][side] for row in chosen]) for side in (0, 1)
             )

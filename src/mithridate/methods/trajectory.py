@@ -2,12 +2,13 @@ r"""The trajectory trap: collapse where a simulated attacker ends, not where a b
 
 .. math::
     \min_\theta\; \ell(\theta;\text{retain}) + \lambda\,U(\theta_h)
-    + \mu\,\ell(\theta_b;\text{other skills, refusals})
+    + \mu\,\ell(\theta_b;\text{other skills, refusals}) + \nu\,KL(p_0 \| p_\theta)
 
 ``theta_h`` is reached from ``theta`` by a simulated harmful fine-tuning, ``theta_b`` by a benign;
 U = KL(uniform || p) at the answers to permitted *and* harmful prompts. Straight through: the inner
 steps are not differentiated. Each simulated gradient is bounded, v min(1, 1/||v||), so that it
-cannot drown the retain term. Source: ours (`methods.md` section 13). Relatives: CTRAP (one step, no
+cannot drown the retain term. The last term, to the aligned model on the retain batch, is off
+unless asked for. Source: ours (`methods.md` section 13). Relatives: CTRAP (one step, no
 benign simulation), TAR (no collapse of permitted answers, no benign simulation).
 """
 
@@ -23,8 +24,10 @@ import torch
 from mithridate.configs import require
 from mithridate.errors import InputError
 from mithridate.examples import Example
+from mithridate.methods.adapter import adaptable
 from mithridate.methods.base import Method, MethodConfig, RunContext
-from mithridate.methods.walkers import Simulator, Walker
+from mithridate.methods.reference import retain_near
+from mithridate.methods.walkers import HELD, Attacker, Range, Simulator, Walker
 from mithridate.weights import Gradient
 from mithridate.weights.arithmetic import bound_, scale_
 from mithridate.weights.losses import Loss, answer_cross_entropy, token_collapse, uniform_collapse
@@ -43,6 +46,9 @@ class TrajectoryConfig(MethodConfig):
         Rows of every loss.
     retain
         Streams of the retain loss, shared evenly.
+    retain_weight, retain_kl
+        Weights of the retain batch's cross-entropy and of KL(aligned || present) at its answers,
+        nu; the aligned model is where the weights began.
     collapse_weight
         lambda, the largest norm of the collapse term; 0 plants no trap.
     benign_weight
@@ -60,8 +66,13 @@ class TrajectoryConfig(MethodConfig):
         Range of inner steps per outer step, drawn uniformly.
     horizon
         Range of the steps of a stored simulation's life, or of a jump, drawn uniformly.
+    attackers
+        Kinds of simulated attackers, one drawn for each simulation: ``adamw`` and ``sgd``
+        (momentum 0.9) train all weights, ``lora`` a fresh adapter.
     attack_learning_rate, benign_learning_rate
         Range of the inner AdamW learning rate, drawn log-uniformly for each simulation.
+    sgd_learning_rate, lora_learning_rate, lora_rank
+        The same for the other kinds, and the rank of a simulated adapter.
     attack_rows
         Examples in a simulated fine-tuner's data set, drawn for each simulation.
     benign_every
@@ -77,6 +88,8 @@ class TrajectoryConfig(MethodConfig):
 
     batch_size: int = 8
     retain: tuple[str, ...] = ("refusal", "benign", "general")
+    retain_weight: float = 1.0
+    retain_kl: float = 0.0
     collapse_weight: float = 0.5
     benign_weight: float = 0.5
     collapse_on: tuple[str, ...] = ("benign", "harmful")
@@ -86,8 +99,12 @@ class TrajectoryConfig(MethodConfig):
     attack_steps: tuple[int, int] = (1, 10)
     benign_steps: tuple[int, int] = (1, 10)
     horizon: tuple[int, int] = (1, 60)
-    attack_learning_rate: tuple[float, float] = (1e-4, 1e-3)
-    benign_learning_rate: tuple[float, float] = (1e-4, 1e-3)
+    attackers: tuple[Attacker, ...] = ("adamw",)
+    attack_learning_rate: Range = (1e-4, 1e-3)
+    benign_learning_rate: Range = (1e-4, 1e-3)
+    sgd_learning_rate: Range = (1e-3, 1e-1)
+    lora_learning_rate: Range = (2e-4, 5e-3)
+    lora_rank: int = 8
     attack_rows: int = 20
     benign_every: int = 1
     tether: float = 0.0
@@ -98,13 +115,22 @@ class TrajectoryConfig(MethodConfig):
             low, high = getattr(self, name)
             require(1 <= low <= high, f"{name} [{low}, {high}] is not a range of steps from 1 up",
                     "give [low, high] with 1 <= low <= high")  # fmt: skip
-        for name in ("attack_learning_rate", "benign_learning_rate"):
+        for name in ("attack_learning_rate", "benign_learning_rate", "sgd_learning_rate",
+                     "lora_learning_rate"):  # fmt: skip
             low, high = getattr(self, name)
             require(0 < low <= high, f"{name} [{low}, {high}] is not a range above 0",
                     "give [low, high] with 0 < low <= high")  # fmt: skip
-        for name in ("collapse_weight", "benign_weight", "tether"):
+        for name in ("retain_weight", "retain_kl", "collapse_weight", "benign_weight", "tether"):
             require(getattr(self, name) >= 0, f"{name} is negative", "give 0 or more")
-        for name in ("attack_rows", "benign_every"):
+        require(self.retain_weight + self.retain_kl > 0, "nothing is retained",
+                "give retain_weight or retain_kl above 0")  # fmt: skip
+        require(bool(self.attackers) and len(set(self.attackers)) == len(self.attackers),
+                f"attackers {list(self.attackers)} is empty or names a kind twice",
+                "name each kind once")  # fmt: skip
+        require(self.simulator != "jump" or self.attackers == ("adamw",),
+                "a jump is what AdamW would do: it has no other attackers",
+                "use simulator: steps or stored, or attackers: [adamw]")  # fmt: skip
+        for name in ("attack_rows", "benign_every", "lora_rank"):
             require(getattr(self, name) >= 1, f"{name} is below 1", "give 1 or more")
         shared = max(len(self.retain), len(self.collapse_on))
         require(self.batch_size >= shared >= 1, f"batch_size {self.batch_size} leaves a stream out",
@@ -114,10 +140,22 @@ class TrajectoryConfig(MethodConfig):
                 "collapse_token goes with collapse_target: token, and only with it",
                 "name the token's id, or leave both out")  # fmt: skip
 
-    def walker(self, name: str, steps: tuple[int, int], rate: tuple[float, float]) -> Walker:
+    @property
+    def attack_learning_rates(self) -> dict[Attacker, Range]:
+        """Range of each kind of attacker that may be drawn."""
+        ranges: dict[Attacker, Range] = {
+            "adamw": self.attack_learning_rate,
+            "sgd": self.sgd_learning_rate,
+            "lora": self.lora_learning_rate,
+        }
+        return {kind: ranges[kind] for kind in self.attackers}
+
+    def walker(
+        self, name: str, steps: tuple[int, int], learning_rates: dict[Attacker, Range]
+    ) -> Walker:
         """Return a simulated fine-tuner with these options."""
-        return Walker(name, self.simulator, steps=steps, life=self.horizon, learning_rate=rate,
-                      batch_size=self.batch_size)  # fmt: skip
+        return Walker(name, self.simulator, steps=steps, life=self.horizon, rank=self.lora_rank,
+                      learning_rates=learning_rates, batch_size=self.batch_size)  # fmt: skip
 
 
 class Trajectory(Method):
@@ -132,8 +170,10 @@ class Trajectory(Method):
 
     def __init__(self, config: TrajectoryConfig) -> None:
         self.config = config
-        self.attacker = config.walker("attack", config.attack_steps, config.attack_learning_rate)
-        self.user = config.walker("benign", config.benign_steps, config.benign_learning_rate)
+        self.attacker = config.walker("attack", config.attack_steps, config.attack_learning_rates)
+        self.user = config.walker(
+            "benign", config.benign_steps, {"adamw": config.benign_learning_rate}
+        )
         self._tuned = ""
         self._aligned: Gradient = []
 
@@ -145,25 +185,30 @@ class Trajectory(Method):
     @property
     def passes_per_step(self) -> float:
         config = self.config
-        jump = config.simulator == "jump"
-        attack = 1 + (1 if jump else sum(config.attack_steps) / 2)
-        benign = (1 + (1 if jump else sum(config.benign_steps) / 2)) / config.benign_every
+        attack = 1 + self.attacker.mean_passes
+        benign = (1 + self.user.mean_passes) / config.benign_every
         return float(
             1 + attack * bool(config.collapse_weight) + benign * bool(config.benign_weight)
         )
 
     @property
     def parameter_buffers(self) -> int:
-        # theta and the planned gradient; two moments; stored walkers keep theirs, and where
-        # they stand; the tether holds the aligned weights.
-        walking = {"jump": 2, "steps": 4, "stored": 8}[self.config.simulator]
-        return walking + bool(self.config.tether)
+        # theta and the planned gradient; moments; stored walkers keep theirs, and where they
+        # stand (an adapter's factors are small); tether and KL hold the aligned weights.
+        attack = max(HELD[kind] for kind in self.config.attackers)
+        walking = {
+            "jump": 0,
+            "steps": max(attack, HELD["adamw"]),
+            "stored": attack + bool(attack) + HELD["adamw"] + 1,
+        }[self.config.simulator]
+        return 2 + walking + bool(self.config.tether or self.config.retain_kl)
 
     @property
     def active_terms(self) -> tuple[str, ...]:
         collapse = ("collapse_norm",) if self.config.collapse_weight else ()
         retention = ("retention_norm",) if self.config.benign_weight else ()
-        return ("retain", *collapse, *retention)
+        divergence = ("retain_kl",) if self.config.retain_kl else ()
+        return ("retain", *divergence, *collapse, *retention)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         categories = {example.category for example in context.examples["benign"]}
@@ -175,12 +220,16 @@ class Trajectory(Method):
                 mend="give benign examples two or more values of `category`, or set "
                 "benign_weight: 0 (an ablation)",
             )
+        if "lora" in self.config.attackers:
+            adaptable(context)
         return {}
 
     def step(self, context: RunContext) -> dict[str, float]:
         config, oracle, space = self.config, context.oracle, context.space
         terms: dict[str, float] = {}
         planned: list[Gradient] = []
+        if (config.tether or config.retain_kl) and not self._aligned:
+            self._aligned = space.snapshot()
         if config.tether:
             self._pull(context)
         with space.kept() as start:
@@ -191,6 +240,7 @@ class Trajectory(Method):
                 planned.append(space.take_gradient())
                 terms["collapse_norm"] = bound_(planned[-1])
                 scale_(planned[-1], config.collapse_weight)
+                context.share("collapse", planned[-1])
                 space.restore(start)
             if config.benign_weight and context.step % config.benign_every == 0:
                 terms |= self.user.walk(context, start, self._benign_data(context))
@@ -201,14 +251,20 @@ class Trajectory(Method):
                 planned.append(space.take_gradient())
                 terms["retention_norm"] = bound_(planned[-1])
                 scale_(planned[-1], config.benign_weight * config.benign_every)
+                context.share("retention", planned[-1])
         space.give_gradient(_sum(planned))
         batch = context.draw_joined(config.retain, config.batch_size)
-        terms["retain"] = oracle.accumulate(answer_cross_entropy, batch, purpose="retain")
+        if config.retain_kl:
+            terms |= retain_near(self._aligned, context, batch, cross_entropy=config.retain_weight,
+                                 divergence=config.retain_kl)  # fmt: skip
+        else:
+            terms["retain"] = oracle.accumulate(
+                answer_cross_entropy, batch, purpose="retain", coefficient=config.retain_weight
+            )
+        context.share("retain")
         return terms
 
     def _pull(self, context: RunContext) -> None:
-        if not self._aligned:
-            self._aligned = context.space.snapshot()
         share = min(1.0, self.config.tether * context.learning_rate)
         with torch.no_grad():
             for weight, centre in zip(context.space.tensors, self._aligned, strict=True):
@@ -219,8 +275,7 @@ class Trajectory(Method):
         return uniform_collapse if token is None else token_collapse(token)
 
     def _attack_data(self, context: RunContext) -> _Dataset:
-        harmful = context.examples["harmful"]
-        return lambda seed: _some(harmful, self.config.attack_rows, seed)
+        return lambda seed: context.some("harmful", self.config.attack_rows, seed)
 
     def _benign_data(self, context: RunContext) -> _Dataset:
         def dataset(seed: Random) -> list[Example]:
@@ -237,7 +292,7 @@ class Trajectory(Method):
         return [
             row
             for name, share in zip(names, shares, strict=True)
-            for row in _some(context.examples[name], share, rng)
+            for row in context.some(name, share, rng)
         ]
 
     def _others(self, context: RunContext) -> list[Example]:
@@ -247,7 +302,7 @@ class Trajectory(Method):
         others = [row for row in context.examples["benign"] if row.category != self._tuned]
         return [
             *_some(others, rows - refused, rng),
-            *_some(context.examples["refusal"], refused, rng),
+            *context.some("refusal", refused, rng),
         ]
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -35,6 +35,12 @@ class TrainingConfig:
         Run passes in bfloat16 autocast; weights stay float32.
     max_length
         Tokens per example; longer prompts lose their beginning.
+    balanced
+        Streams of which every category is drawn equally often, however few rows it has.
+    cosines_every
+        Steps between rows that hold the norm of each term's gradient and its cosine with the
+        whole (H2); 0 leaves them out. Such a step holds one gradient more per term; results do
+        not change.
     save_every
         Steps between checkpoints; 0 saves only the final model.
     log_every
@@ -59,6 +65,8 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     autocast: bool = False
     max_length: int = 256
+    balanced: tuple[str, ...] = ()
+    cosines_every: int = 50
     save_every: int = 100
     log_every: int = 1
     report_to: tuple[str, ...] = ()
@@ -69,7 +77,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "max_length", "log_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "save_every", "seed"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "cosines_every",
+                     "save_every", "seed"):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} is negative", f"make {name} 0 or more")
         require(
             0 < self.learning_rate < math.inf,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mithridate.chat import Batch, Encoded
 from mithridate.configs import require
+from mithridate.examples import evenly_by_category
 
 State = dict[str, int]
 
@@ -14,8 +15,8 @@ State = dict[str, int]
 class StreamSampler:
     """Draws batches from one stream, epoch after epoch, without ever losing its place.
 
-    The order of epoch e is a permutation seeded by (seed, name, e), so the number of rows drawn
-    so far is the whole state, and every process of a launch draws the same rows.
+    The order of epoch e is seeded by (seed, name, e), so the number of rows drawn so far is the
+    whole state, and every process of a launch draws the same rows.
 
     Parameters
     ----------
@@ -27,6 +28,9 @@ class StreamSampler:
         Seed of the run.
     name
         The stream's name; streams of one run are shuffled independently.
+    categories
+        Of each row: draws them equally often (`evenly_by_category`); ``None`` draws each row once
+        an epoch.
 
     Raises
     ------
@@ -41,6 +45,7 @@ class StreamSampler:
         *,
         seed: int,
         name: str,
+        categories: Sequence[str] | None = None,
     ) -> None:
         require(
             len(encoded) > 0,
@@ -51,9 +56,11 @@ class StreamSampler:
         self._collate = collate
         self._seed = seed
         self._name = name
+        self._categories = categories
         self._position = 0
         self._epoch = -1
         self._order: list[int] = []
+        self._length = len(self._ordered(0))
 
     def draw(self, rows: int) -> Batch:
         """Return the next ``rows`` rows, going on into the next epoch where one ends."""
@@ -83,9 +90,15 @@ class StreamSampler:
         self._position = state["position"]
 
     def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._encoded))
+        epoch, place = divmod(position, self._length)
         if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = list(range(len(self._encoded)))
-            random.Random(f"{self._seed}/{self._name}/{epoch}").shuffle(self._order)
+            self._epoch, self._order = epoch, self._ordered(epoch)
         return self._order[place]
+
+    def _ordered(self, epoch: int) -> list[int]:
+        rng = random.Random(f"{self._seed}/{self._name}/{epoch}")
+        if self._categories is not None:
+            return evenly_by_category(self._categories, rng)
+        order = list(range(len(self._encoded)))
+        rng.shuffle(order)
+        return order

@@ -32,6 +32,7 @@ from transformers import (
 
 import mithridate
 from mithridate.chat import Batch, ChatFormat
+from mithridate.configs import require
 from mithridate.errors import InputError, NonFiniteError, RunInterruptedError, RunStoppedError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_of, write_json
@@ -98,7 +99,9 @@ class ImmunisationTrainer(Trainer):
             chat=chat,
             examples=dict(examples),
             learning_rate=config.learning_rate,
+            balanced=frozenset(config.balanced),
         )
+        self._check_balanced()
         self.monitor = TermMonitor()
         self.change = ChangeCheck(self.oracle.space.tensors)
         self.earlier_seconds = 0.0
@@ -124,7 +127,10 @@ class ImmunisationTrainer(Trainer):
         assert self.lr_scheduler is not None, "train() makes the schedule before the first step"
         self.context.step = self.state.global_step
         self.context.learning_rate = float(self.lr_scheduler.get_last_lr()[0])
+        every = self.settings.cosines_every
+        self.context.shares = {} if every and self.context.step % every == 0 else None
         terms = self.method.step(self.context)
+        terms |= self.context.take_shares()
         self.monitor.check(terms, self.method.active_terms)
         self._recent.append(terms)
         return torch.zeros((), device=self.args.device)
@@ -185,14 +191,32 @@ class ImmunisationTrainer(Trainer):
 
     def _sampler(self, name: str) -> StreamSampler:
         if name not in self.samplers:
-            chat, length = self.context.chat, self.settings.max_length
+            chat = self.context.chat
             self.samplers[name] = StreamSampler(
-                [chat.encode(item, max_length=length) for item in self._examples(name)],
+                [chat.encode(item) for item in self._examples(name)],
                 chat.collate,
                 seed=self.settings.seed,
                 name=name,
+                categories=(
+                    [item.category for item in self._examples(name)]
+                    if name in self.settings.balanced
+                    else None
+                ),
             )
         return self.samplers[name]
+
+    def _check_balanced(self) -> None:
+        for name in self.settings.balanced:
+            require(
+                name in self.method.streams,
+                f"balanced: the method {self.method.name!r} draws from no stream {name!r}",
+                f"name one of {', '.join(self.method.streams)}",
+            )
+            require(
+                len({item.category for item in self._examples(name)}) > 1,
+                f"balanced: the stream {name!r} has one category only",
+                "give its examples two or more values of `category`",
+            )
 
     def _examples(self, name: str) -> list[Example]:
         found = self.context.examples.get(name)
@@ -245,13 +269,16 @@ def immunise(
         A term is inactive or not finite, or the user interrupted the run; the last complete
         checkpoint is kept.
     """
-    chat = ChatFormat(tokenizer)
+    # Methods make batches of their own too, and the bound on length is on every one.
+    chat = ChatFormat(tokenizer, max_length=config.max_length)
     folder = RunFolder(output_dir)
     identity = _identity(model, chat, examples, method, config)
     if resume:
         folder.check(identity)
         if folder.finished():
             return folder.result(model)
+    _refuse_space(method, config)
+    method.check(model)
     starting_mode = model.training
     use_cache = model.config.use_cache
     plain: PreTrainedModel | PeftModel = model
@@ -282,7 +309,8 @@ def immunise(
             preparation = method.prepare(trainer.context)
             if checkpoint is not None:
                 trainer.load_run_state(checkpoint)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if not method.one_shot:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.requested and trainer.state.global_step < config.steps:
             raise KeyboardInterrupt
     except NonFiniteError as error:
@@ -331,6 +359,16 @@ def immunise(
         seconds=seconds,
         output_dir=output_dir,
     )
+
+
+def _refuse_space(method: Method, config: TrainingConfig) -> None:
+    space = "full" if config.lora_rank is None else "lora"
+    if space not in method.spaces:
+        raise InputError(
+            f"the method {method.name!r} works in {', '.join(method.spaces)} weights only",
+            where="lora_rank",
+            mend="leave lora_rank out" if space == "lora" else "give a lora_rank",
+        )
 
 
 class _Ticks(torch.utils.data.Dataset[dict[str, int]]):
@@ -408,7 +446,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Return hashes of everything that decides the final weights."""
     training = dataclasses.asdict(config)
-    for name in ("save_every", "log_every", "report_to"):
+    for name in ("save_every", "log_every", "cosines_every", "report_to"):
         del training[name]
     return {
         "model": weights_hash(model),
