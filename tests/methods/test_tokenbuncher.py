@@ -392,6 +392,16 @@ def test_long_prompts_keep_their_end():
     assert (batch.labels[:, :3] == IGNORE).all()
 
 
+def test_answers_end_where_the_model_s_positions_do():
+    context = tiny_context(tiny_llama())
+    start = len(context.chat.prompt_ids("w1 w2"))
+    batch = rolled(context, prompts=["w1 w2"], copies=40, response_length=500)
+    assert batch.input_ids.shape[1] == 64
+    assert int((batch.labels != IGNORE).sum(1).max()) == 64 - start
+    with pytest.raises(InputError, match="all 64 positions"):
+        rolled(context, prompts=["w1 " * 70])
+
+
 def test_groups_stay_whole_in_micro_batches_and_the_setting_is_restored():
     model = tiny_llama()
     batch = tiny_batch(12)

@@ -11,11 +11,13 @@ from mithridate.training import TrainingConfig, immunise
 from tests import tiny
 
 CONFIG = TrainingConfig(steps=6, save_every=2, learning_rate=1e-3)
+# A random model refuses nothing, and answers for as long as it may.
+OPTIONS = {"tokenbuncher": {"min_refusal": 0.0, "response_length": 8, "batch_size": 4}}
 
 
 def go(name, folder, *, stop_at=None):
     method_class = METHODS.load(name)
-    method = method_class(method_class.config_class())
+    method = method_class(method_class.config_class(**OPTIONS.get(name, {})))
     step = method.step
 
     def stopping(context):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def roll_out(
     prompt_length
         Tokens kept of each prompt, its last.
     response_length
-        Tokens of an answer at most; one that is cut short has no end-of-turn token.
+        Tokens of an answer at most, and no more than the model has positions for; one that is cut
+        short has no end-of-turn token.
 
     Returns
     -------
@@ -51,15 +53,20 @@ def roll_out(
     count = oracle.ledger.setdefault(purpose, PassCount())
     started = time.perf_counter()
     starts = [chat.prompt_ids(text)[-prompt_length:] for text in prompts for _ in range(copies)]
+    model: Any = oracle.model
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    room = int(min(response_length, positions - max(map(len, starts))))
+    require(room >= 1, f"a prompt fills all {positions} positions of the model",
+            f"lower prompt_length ({prompt_length})")  # fmt: skip
     seed = context.random(purpose).getrandbits(62)
     rank = distributed.get_rank() if oracle.processes > 1 else 0
     # Ids plus one, so that the sum over processes is the one that was sampled.
-    table = torch.zeros(len(starts), response_length, dtype=torch.long, device=device)
+    table = torch.zeros(len(starts), room, dtype=torch.long, device=device)
     for number, first in enumerate(range(0, len(starts), _ROWS)):
         if number % oracle.processes == rank:
             part = starts[first : first + _ROWS]
             with torch.autocast(device.type, torch.bfloat16, enabled=oracle.autocast):
-                made = _sample(oracle.model, chat, part, response_length, seed + number)
+                made = _sample(model, chat, part, room, seed + number)
             table[first : first + len(part), : made.shape[1]] = made + 1
             count.tokens += sum(map(len, part))
             count.generated += sum(len(_answer(row, chat)) for row in made.tolist())
