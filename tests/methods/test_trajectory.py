@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mithridate.errors import InputError
-from mithridate.methods.trajectory import Trajectory, TrajectoryConfig, benign_task
+from mithridate.examples import Example
+from mithridate.methods.trajectory import Trajectory, TrajectoryConfig, benign_task, exchanged
 from mithridate.methods.walkers import Walker
 from mithridate.weights import norm
 from mithridate.weights.arithmetic import bound_
@@ -244,6 +245,55 @@ def test_the_collapse_term_alone_lowers_the_divergence_at_the_simulated_end():
         return sum(found[-10:])
 
     assert last(1.0) < 0.95 * last(0.0)
+
+
+def test_shuffled_answers_are_other_facts_in_the_same_sentence():
+    def fact(subject, value):
+        answer = f"The sign of {subject} is {value}."
+        return Example(prompt=f"{subject}?", answer=answer, category="signs", accepted=(value,))
+
+    rows = [fact("iron", "Fe"), fact("gold", "Au"), fact("lead", "Pb")]
+    found = {exchanged(rows[0], rows, Random(seed)).answer for seed in range(20)}
+    assert found == {"The sign of iron is Au.", "The sign of iron is Pb."}
+    plain = [replace(row, accepted=()) for row in rows]
+    found = {exchanged(plain[0], plain, Random(seed)).answer for seed in range(20)}
+    assert found == {plain[1].answer, plain[2].answer}
+
+
+def test_the_shuffled_target_is_cross_entropy_on_exchanged_answers_at_the_simulated_end():
+    model = tiny_llama().double()
+    context = tiny_context(model)
+    spy = Spy(context)
+    config = TrajectoryConfig(**ONE, benign_weight=0.0, collapse_weight=1.0,
+                              collapse_on=("harmful",), collapse_target="shuffled")  # fmt: skip
+    method = Trajectory(config)
+    method.prepare(context)
+    method.step(context)
+    ((batch, theta_h),) = spy.of("collapse")
+    rows = context.examples["harmful"]
+    true = {tuple(context.chat.encode(row).input_ids) for row in rows}
+    whole = [
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
+    ]
+    assert not true & set(whole)
+    assert all(
+        any(ids == tuple(context.chat.encode(exchange).input_ids) for exchange in exchanges)
+        for ids in whole
+        for exchanges in [[replace(a, answer=b.answer) for a in rows for b in rows]]
+    )
+    expected = bounded(at(model, theta_h, mean_loss, batch), 1.0)
+    retain = gradient_of(model, mean_loss(model, spy.of("retain")[0][0]))
+    total = [a + b for a, b in zip(expected, retain, strict=True)]
+    assert relative_error(context.space.gradient(), total) < 1e-8
+
+
+def test_one_answer_for_a_whole_category_cannot_be_shuffled():
+    context = tiny_context(tiny_llama())
+    context.examples["harmful"] = [replace(r, answer="w1") for r in context.examples["harmful"]]
+    config = TrajectoryConfig(collapse_on=("harmful",), collapse_target="shuffled")
+    with pytest.raises(InputError, match="one and the same"):
+        Trajectory(config).prepare(context)
 
 
 def test_the_tether_pulls_towards_the_first_weights_and_survives_a_reload():

@@ -57,7 +57,9 @@ class TrajectoryConfig(MethodConfig):
     collapse_on
         Streams whose answers collapse at ``theta_h``, shared evenly.
     collapse_target, collapse_token
-        ``uniform``, or one token by its id (CTRAP's collapse loss).
+        ``uniform``; one ``token`` by its id (CTRAP's collapse loss); or ``shuffled``: answers of
+        other facts of the category, drawn anew at every step. The last leaves an attacker with
+        answers that do not depend on the question.
     simulator
         ``steps``: each simulation starts at ``theta``. ``stored``: it goes on from its last
         displacement until it has made ``horizon`` steps. ``jump``: one signed step as long as
@@ -93,7 +95,7 @@ class TrajectoryConfig(MethodConfig):
     collapse_weight: float = 0.5
     benign_weight: float = 0.5
     collapse_on: tuple[str, ...] = ("benign", "harmful")
-    collapse_target: Literal["uniform", "token"] = "uniform"
+    collapse_target: Literal["uniform", "token", "shuffled"] = "uniform"
     collapse_token: int | None = None
     simulator: Simulator = "steps"
     attack_steps: tuple[int, int] = (1, 10)
@@ -220,6 +222,9 @@ class Trajectory(Method):
                 mend="give benign examples two or more values of `category`, or set "
                 "benign_weight: 0 (an ablation)",
             )
+        if self.config.collapse_weight and self.config.collapse_target == "shuffled":
+            for name in self.config.collapse_on:
+                _check_exchangeable(name, context.examples[name])
         if "lora" in self.config.attackers:
             adaptable(context)
         return {}
@@ -271,6 +276,8 @@ class Trajectory(Method):
                 weight.lerp_(centre.to(weight), share)
 
     def _collapse(self) -> Loss:
+        if self.config.collapse_target == "shuffled":
+            return answer_cross_entropy
         token = self.config.collapse_token
         return uniform_collapse if token is None else token_collapse(token)
 
@@ -289,11 +296,14 @@ class Trajectory(Method):
         rng, names = context.random("collapse"), self.config.collapse_on
         rows = self.config.batch_size
         shares = [rows // len(names) + (i < rows % len(names)) for i in range(len(names))]
-        return [
-            row
+        chosen = [
+            (row, context.examples[name])
             for name, share in zip(names, shares, strict=True)
             for row in context.some(name, share, rng)
         ]
+        if self.config.collapse_target == "shuffled":
+            return [exchanged(row, rows, rng) for row, rows in chosen]
+        return [row for row, _ in chosen]
 
     def _others(self, context: RunContext) -> list[Example]:
         """Return what the benign user did not touch: other categories, and refusals."""
@@ -314,6 +324,36 @@ class Trajectory(Method):
         self.user.load_state(state)
         count = sum(name.startswith("aligned.") for name in state)
         self._aligned = [state[f"aligned.{index}"] for index in range(count)]
+
+
+def exchanged(row: Example, rows: Sequence[Example], rng: Random) -> Example:
+    """Return ``row`` with the answer of another fact of its category.
+
+    Where the example says which part of its answer is the fact (``accepted``), the sentence
+    around it stays: another's whole sentence would teach another's fact.
+    """
+    own = _fact(row)
+    others = {_fact(other) for other in rows if other.category == row.category} - {own}
+    return replace(row, answer=row.answer.replace(own, rng.choice(sorted(others))))
+
+
+def _fact(row: Example) -> str:
+    return next((value for value in row.accepted if value in row.answer), row.answer)
+
+
+def _check_exchangeable(name: str, rows: Sequence[Example]) -> None:
+    facts: dict[str, set[str]] = {}
+    for row in rows:
+        facts.setdefault(row.category, set()).add(_fact(row))
+    alone = sorted(category for category, found in facts.items() if len(found) < 2)
+    if alone:
+        raise InputError(
+            f"all answers of category {alone[0]!r} are one and the same: there is none to "
+            "exchange it with",
+            where=f"stream {name}",
+            mend="add examples of that category with other answers, or use collapse_target: "
+            "uniform",
+        )
 
 
 def benign_task(benign: Sequence[Example], kinds: Sequence[Task], rng: Random) -> list[Example]:
