@@ -12,7 +12,17 @@ from typing import IO, Any
 import typer
 
 from mithridate import __version__
-from mithridate.cli import attack, demo, doctor, immunise, methods, report
+from mithridate.cli import (
+    attack,
+    audit,
+    demo,
+    doctor,
+    economics,
+    immunise,
+    methods,
+    report,
+    verdict,
+)
 from mithridate.cli.console import (
     INPUT_ERROR,
     INTERRUPTED,
@@ -35,7 +45,10 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(immunise.immunise)
 app.command()(attack.attack)
+app.command()(audit.audit)
 app.command()(report.report)
+app.command()(verdict.verdict)
+app.command()(economics.economics)
 app.command()(methods.methods)
 app.command()(doctor.doctor)
 
@@ -60,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Notes
     -----
-    Exit codes: 0 done; 2 something given cannot be used; 3 the run stopped itself, for going on
-    would have been dishonest; 130 interrupted.
+    Exit codes: 0 done; 1 a gate of the audit fails; 2 something given cannot be used; 3 the run
+    stopped itself, for going on would have been dishonest; 130 interrupted.
     """
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     as_json = "--json" in given
@@ -95,7 +108,7 @@ def _run(arguments: list[str], stream: IO[str] | None) -> int:
     if isinstance(result, Mapping):
         if stream is not None:
             write_document(stream, result)
-        return 0
+        return int(result.get("exit_code", 0))
     return int(result or 0)
 
 
