@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import distributed
 
+from mithridate.methods.booster import Booster, BoosterConfig
 from mithridate.methods.ctrap import CTRAP, CTRAPConfig
+from mithridate.methods.repnoise import RepNoise, RepNoiseConfig
 from mithridate.methods.seam import SEAM, SEAMConfig
+from mithridate.methods.tvaccine import TVaccine, TVaccineConfig
+from mithridate.methods.vaccine import Vaccine, VaccineConfig
 from tests.tiny import relative_error, tiny_context, tiny_model
 
 METHODS = {
@@ -17,6 +21,10 @@ METHODS = {
     "ctrap unrolled": lambda: CTRAP(CTRAPConfig(lookahead_direction="unrolled")),
     "seam": lambda: SEAM(SEAMConfig(coupling_weight=0.5, unlearning_layers=1)),
     "seam log exact": lambda: SEAM(SEAMConfig(unlearning="log", hvp="exact")),
+    "vaccine": lambda: Vaccine(VaccineConfig()),
+    "tvaccine": lambda: TVaccine(TVaccineConfig(layers=2)),
+    "booster": lambda: Booster(BoosterConfig(lookahead_radius=0.3)),
+    "repnoise": lambda: RepNoise(RepNoiseConfig(batch_size=8, noise_weight=1.0)),
     "seam without coupling": lambda: SEAM(SEAMConfig(coupling_weight=0.0)),
 }
 

@@ -11,6 +11,10 @@ METHODS = Registry(
         "sdd": "mithridate.methods.sdd:SDD",
         "ctrap": "mithridate.methods.ctrap:CTRAP",
         "seam": "mithridate.methods.seam:SEAM",
+        "vaccine": "mithridate.methods.vaccine:Vaccine",
+        "tvaccine": "mithridate.methods.tvaccine:TVaccine",
+        "booster": "mithridate.methods.booster:Booster",
+        "repnoise": "mithridate.methods.repnoise:RepNoise",
         "trajectory": "mithridate.methods.trajectory:Trajectory",
     },
 )

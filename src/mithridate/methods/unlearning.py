@@ -45,7 +45,7 @@ class Unlearning:
 
         S is a mean over the whole step: the gradient of S is scaled by f'(S) at the end (A1).
         """
-        oracle, (layers, heads) = context.oracle, self._read(context)
+        oracle, (layers, heads) = context.oracle, self.read(context)
         total = output_mean = 0.0
 
         def forward(piece: Batch) -> list[torch.Tensor]:
@@ -66,7 +66,7 @@ class Unlearning:
         gradient = context.space.gradient()
         oracle.reduce(gradient)
         terms["harmful"] = oracle.all_sum(output_mean)
-        pull = self._pull(oracle.all_sum(total) / heads, terms) / heads
+        pull = self.pull(oracle.all_sum(total) / heads, terms) / heads
         torch._foreach_mul_(gradient, pull)
         if g_a is not None:
             oracle.reduce(g_a)
@@ -86,7 +86,7 @@ class Unlearning:
         In a single micro-batch S is known after the forward pass, so that inner layers and
         refusals can share a call. Returns ``False``, having done nothing, where this cannot be.
         """
-        oracle, (layers, heads) = context.oracle, self._read(context)
+        oracle, (layers, heads) = context.oracle, self.read(context)
         pieces = oracle.micro_batches(harmful), oracle.micro_batches(refusal)
         if not layers or oracle.processes > 1 or max(map(len, pieces)) > 1:
             return False
@@ -98,7 +98,7 @@ class Unlearning:
             output, lens = layerwise_cross_entropy(oracle.model, attacked, layers)
             output, lens = output / harmful.label_count, lens / harmful.label_count
             terms["harmful"] = float(output.detach())
-            pull = self._pull(float((output + lens).detach()) / heads, terms) / heads
+            pull = self.pull(float((output + lens).detach()) / heads, terms) / heads
             refusals = answer_cross_entropy(oracle.model, refused) / refusal.label_count
             terms["refusal"] = float(refusals.detach())
             return [output, pull * lens + refusal_weight * refusals]
@@ -114,7 +114,7 @@ class Unlearning:
         torch._foreach_add_(context.space.gradient(), g_a, alpha=pull)
         return True
 
-    def _pull(self, mean: float, terms: dict[str, float]) -> float:
+    def pull(self, mean: float, terms: dict[str, float]) -> float:
         """Return f'(S) at S = ``mean``; logs S and f(S)."""
         terms["harmful_all_heads"] = mean
         if self.kind == "none":
@@ -125,7 +125,7 @@ class Unlearning:
             return 0.0
         return -1.0 if self.kind == "ascent" else -1 / (1 + mean)
 
-    def _read(self, context: RunContext) -> tuple[list[int], int]:
+    def read(self, context: RunContext) -> tuple[list[int], int]:
         """Return the hidden states to read, and what the sum over all heads is divided by."""
         if self.kind != "layerwise_log":
             return [], 1

@@ -1,0 +1,257 @@
+r"""RepNoise: push the activations of harmful answers towards noise.
+
+arXiv 2405.14577 (NeurIPS 2024); code domenicrosati/representation-noising@03689ff
+(`methods.md` §10), which its authors call incomplete.
+
+.. math:: \ell(\theta; \text{refusal}) + \beta\,\text{mean}_l\,\text{MMD}^2(m_l, N(0, I))
+          - \alpha\log(1 + S),
+
+with m_l the outputs of layer l's MLP at the tokens of harmful answers, and S the harmful
+cross-entropy averaged over the output and the inner layers read through the final norm and head.
+The maximum mean discrepancy and its kernel are `noise.mmd`'s.
+
+====================== =========================== =============================================
+released code          here                        why
+====================== =========================== =============================================
+a point: a whole       a point: an answer token,   4 against 4 points in 10^6 dimensions tell
+sequence; biased       at most 256 drawn; unbiased little: ``noise_loss="released"``
+ids that differ        answer spans                off by one in the code, which trains no first
+                                                   answer token (not reproduced);
+                                                   ``answer_mask="difference"``
+pads trained           never                       masked in both forms
+L + 2 lens terms       output and layers 1...L-1   counts the output twice: ``unlearning_layers``
+hooks pile up          removed after each pass     they are run once each
+====================== =========================== =============================================
+
+beta belongs to an estimator: it is to be chosen anew with ``noise_loss`` and ``mmd_points``. MMD is
+a property of a micro-batch, S of the whole step (A1): several micro-batches cost one forward pass
+more, which finds S.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from mithridate.chat import Batch
+from mithridate.configs import require
+from mithridate.methods.base import Method, MethodConfig, RunContext
+from mithridate.methods.noise import Noise
+from mithridate.methods.pairs import Pair, pair_by_prompt, without_common_tokens
+from mithridate.methods.sites import outputs_changed, sites_of
+from mithridate.methods.unlearning import Layers, Unlearning
+from mithridate.weights.losses import answer_cross_entropy, layerwise_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepNoiseConfig(MethodConfig):
+    """Options of RepNoise.
+
+    Parameters
+    ----------
+    batch_size
+        Rows per step of each stream.
+    unlearning_weight, noise_weight
+        alpha and beta; both 0 leave plain SFT on refusals.
+    noise_loss, mmd_points
+        Which points are compared with noise, and at most how many; see `Noise`.
+    unlearning_layers
+        Inner layers read: ``all`` (1...L-1), ``released``, or how many are drawn per step.
+    unlearning_cap
+        Clamps S, so that the pull ends there; log|V| is a natural value.
+    answer_mask
+        ``difference``: only harmful and refusal tokens that differ at their position; pairs the
+        two streams by prompt.
+    variant
+        ``released`` sets every value of the released code: for reproduction only.
+    """
+
+    batch_size: int = 4
+    unlearning_weight: float = 1.0
+    noise_weight: float = 1e-3
+    noise_loss: Literal["tokens", "released"] = "tokens"
+    mmd_points: int = 256
+    unlearning_layers: Layers = "all"
+    unlearning_cap: float | None = None
+    answer_mask: Literal["answer", "difference"] = "answer"
+    variant: Literal["default", "released"] = "default"
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "batch_size is below 1", "give at least one row")
+        require(
+            self.mmd_points >= 2, f"mmd_points {self.mmd_points} is below 2", "256 is the default"
+        )
+        for name in ("unlearning_weight", "noise_weight"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} {value} is no weight", "use 0 to switch it off")
+        for name in ("unlearning_layers", "unlearning_cap"):
+            value = getattr(self, name)
+            require(
+                not isinstance(value, (int, float)) or value > 0,
+                f"{name} {value!r} is not above 0",
+                "give a number above 0, or leave it at its default",
+            )
+
+
+RELEASED = {
+    "batch_size": 4,
+    "unlearning_weight": 1.0,
+    "noise_weight": 1e-3,
+    "noise_loss": "released",
+    "unlearning_layers": "released",
+    "unlearning_cap": None,
+    "answer_mask": "difference",
+}
+
+
+class RepNoise(Method):
+    """min l(refusal) + beta * MMD^2(harmful activations, noise) - alpha * log(1 + S)."""
+
+    name = "repnoise"
+    paper = "arXiv 2405.14577"
+    summary = "Pushes the activations of harmful answers towards noise, and unlearns the answers."
+    defends = "supervised fine-tuning at low learning rates"
+    limits = "its weights must be searched anew each time; another seed or order may break it"
+    config_class: ClassVar[type[MethodConfig]] = RepNoiseConfig
+
+    def __init__(self, config: RepNoiseConfig) -> None:
+        if config.variant == "released":
+            warnings.warn("RepNoise as released is for reproduction only", stacklevel=2)
+            config = replace(config, **RELEASED)  # type: ignore[arg-type]
+        self.config = config
+        self._unlearning = Unlearning(
+            "layerwise_log" if config.unlearning_weight else "none",
+            config.unlearning_layers,
+            config.unlearning_cap,
+        )
+        self._noise = Noise(config.noise_loss, config.mmd_points)
+        self._pairs: list[Pair] = []
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        pushed = self.config.unlearning_weight or self.config.noise_weight
+        return ("harmful", "refusal") if pushed else ("refusal",)
+
+    @property
+    def _paired(self) -> bool:
+        return self.config.answer_mask == "difference" and "harmful" in self.streams
+
+    @property
+    def passes_per_step(self) -> float:
+        return len(self.streams)
+
+    @property
+    def parameter_buffers(self) -> int:
+        return 0
+
+    @property
+    def active_terms(self) -> tuple[str, ...]:
+        weights = {
+            "unlearning": self.config.unlearning_weight,
+            "noise": self.config.noise_weight,
+            "refusal": 1.0,
+        }
+        return tuple(name for name, weight in weights.items() if weight)
+
+    def prepare(self, context: RunContext) -> dict[str, float]:
+        """Find layers and sites, and pair the streams where asked for."""
+        self._unlearning.read(context)
+        if self.config.noise_weight:
+            sites_of(context.oracle.model, "mlp")
+        if self._paired:
+            self._pairs = pair_by_prompt(context.examples["harmful"], context.examples["refusal"])
+        return {}
+
+    def step(self, context: RunContext) -> dict[str, float]:
+        context.space.give_gradient(None)
+        batches = self._draw(context)
+        terms: dict[str, float] = {}
+        if "harmful" in batches:
+            self._push(context, batches["harmful"], terms)
+        terms["refusal"] = context.oracle.accumulate(
+            answer_cross_entropy, batches["refusal"], purpose="refusal"
+        )
+        if "harmful" in batches:
+            context.share("refusal")
+        return terms
+
+    def _push(self, context: RunContext, harmful: Batch, terms: dict[str, float]) -> None:
+        """Put the gradients of the two terms on the harmful batch into an empty ``.grad``."""
+        oracle, count = context.oracle, harmful.label_count
+        alpha, beta = self.config.unlearning_weight, self.config.noise_weight
+        layers, heads = self._unlearning.read(context)
+        sites = sites_of(oracle.model, "mlp") if beta else []
+        pieces = oracle.micro_batches(harmful)
+        pull: float | None = None
+        if alpha and (len(pieces) > 1 or oracle.processes > 1):
+
+            def all_heads(model: nn.Module, piece: Batch) -> torch.Tensor:
+                output, lens = layerwise_cross_entropy(model, piece, layers)
+                return (output + lens) / heads
+
+            pull = self._unlearning.pull(oracle.loss(all_heads, harmful, purpose="S"), terms)
+        # Only steps that ask for each term's share pay for telling the terms apart.
+        apart = context.space.zeros() if alpha and beta and context.shares is not None else None
+        output_mean = noise_mean = 0.0
+
+        def forward(piece: Batch) -> list[torch.Tensor]:
+            nonlocal pull, output_mean, noise_mean
+            outputs: dict[int, torch.Tensor] = {}
+
+            def see(site: int, x: torch.Tensor) -> torch.Tensor:
+                outputs[site] = x
+                return x
+
+            with outputs_changed(sites, see):
+                output, lens = layerwise_cross_entropy(oracle.model, piece, layers)
+            output_mean += float(output.detach()) / count
+            parts = []
+            if alpha:
+                mean = (output + lens) / heads / count
+                if pull is None:
+                    pull = self._unlearning.pull(float(mean.detach()), terms)
+                parts.append(alpha * pull * mean)
+            if beta:
+                share = piece.label_count / count
+                noise = share * self._noise.loss(context, piece, list(outputs.values()))
+                noise_mean += float(noise.detach())
+                parts.append(beta * noise)
+            return parts if apart else [torch.stack(parts).sum()]
+
+        for piece in pieces:
+            oracle.backward(
+                lambda piece=piece: forward(piece),  # type: ignore[misc]
+                tokens=piece.tokens,
+                purpose="harmful",
+                into=(None, apart) if apart else (None,),
+            )
+        gradient = context.space.gradient()
+        oracle.reduce(gradient)
+        context.share("unlearning" if alpha else "noise")
+        if apart:
+            oracle.reduce(apart)
+            torch._foreach_add_(gradient, apart)
+            context.share("noise")
+        terms["harmful"] = oracle.all_sum(output_mean)
+        if beta:
+            terms["noise"] = oracle.all_sum(noise_mean)
+
+    def _draw(self, context: RunContext) -> dict[str, Batch]:
+        rows = self.config.batch_size
+        if not self._paired:
+            return {name: context.draw(name, rows) for name in self.streams}
+        evenly = not context.balanced.isdisjoint(self.streams)
+        categories = [pair[0].category for pair in self._pairs] if evenly else None
+        chosen = context.rows_of_step(len(self._pairs), rows, "repnoise", categories)
+        harmful, refusal = (
+            context.chat.batch([self._pairs[row][side] for row in chosen]) for side in (0, 1)
+        )
+        return {
+            "harmful": without_common_tokens(harmful, refusal),
+            "refusal": without_common_tokens(refusal, harmful),
+        }
