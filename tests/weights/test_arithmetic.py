@@ -56,13 +56,16 @@ def test_shifted_restores_every_bit_also_when_the_body_raises(data, coefficients
     space = space_of(data)
     terms = [(c, direction_of(data, space)) for c in coefficients]
     before = bits(space.tensors)
-    expected = [p.detach().clone() for p in space.tensors]
+    expected = [p.detach().double() for p in space.tensors]
+    sizes = [p.abs() for p in expected]
     for c, gradient in terms:
-        expected = [p + c * g for p, g in zip(expected, gradient, strict=True)]
+        expected = [p + c * g.double() for p, g in zip(expected, gradient, strict=True)]
+        sizes = [size + (c * g.double()).abs() for size, g in zip(sizes, gradient, strict=True)]
     try:
         with space.shifted(*terms):
-            for p, wanted in zip(space.tensors, expected, strict=True):
-                torch.testing.assert_close(p.detach(), wanted)
+            for p, wanted, size in zip(space.tensors, expected, sizes, strict=True):
+                # Terms may cancel: the rounding is that of the largest, not of the sum.
+                assert ((p.detach() - wanted).abs() <= 1e-6 * size).all()
             if raises:
                 raise BodyError
     except BodyError:
