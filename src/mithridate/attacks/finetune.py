@@ -187,7 +187,7 @@ def finetune(
         just done; at step 0 the mean over all the attacker's rows, batch by batch.
     """
     require(len(examples) > 0, "the attack has no examples", "give it at least one row")
-    attacked = _own_copy(model)
+    attacked = own_copy(model)
     key = sha256_of(
         {
             "model": weights_hash(attacked),
@@ -198,45 +198,32 @@ def finetune(
             "version": mithridate.__version__,
         }
     )
-    if probe_key is not None:
-        record = read_record(output_dir)
-        if record is not None and record.key == key:
-            return read_rows(output_dir)
+    if probe_key is not None and is_finished(output_dir, key):
+        return read_rows(output_dir)
     rows = [chat.encode(example, max_length=config.max_length) for example in examples]
     # The Trainer seeds everything too, but only after the adapter is drawn.
     set_seed(config.seed)
     if config.lora_rank is not None:
-        attacked = _with_adapter(attacked, config.lora_rank)
-    (output_dir / _RECORD).unlink(missing_ok=True)
-    write_atomic(output_dir / _ROWS, "")
-    watcher = _Watcher(config, probe, output_dir / _ROWS, on_progress)
+        attacked = with_adapter(attacked, config.lora_rank)
+    watcher = Watcher(config, probe, output_dir, on_progress)
     trainer = Trainer(
         model=attacked,
-        args=_arguments(config, output_dir),
+        args=arguments_for(config, output_dir, rows=config.batch_size),
         train_dataset=_Rows(rows),
         data_collator=lambda items: _inputs(chat, items),
         callbacks=[watcher],
     )
     trainer.remove_callback(PrinterCallback)
-    started = time.perf_counter()
-    loss = _mean_loss(trainer, chat, rows, autocast=config.autocast)
-    if not math.isfinite(loss):
-        raise NonFiniteError("loss", loss, "the model is broken before the attack")
-    watcher.start(attacked, loss)
+    watcher.start(attacked, mean_loss(trainer, chat, rows, autocast=config.autocast))
     trainer.train()
-    write_json(
-        output_dir / _RECORD,
-        dataclasses.asdict(
-            AttackRecord(
-                key=key,
-                status=watcher.status,
-                seconds=time.perf_counter() - started,
-                probe_seconds=watcher.probe_seconds,
-                weights=weights_hash(attacked),
-            )
-        ),
-    )
+    watcher.finish(key, attacked)
     return watcher.rows
+
+
+def is_finished(output_dir: Path, key: str) -> bool:
+    """Whether ``output_dir`` holds the finished attack that ``key`` names."""
+    record = read_record(output_dir)
+    return record is not None and record.key == key
 
 
 def read_record(output_dir: Path) -> AttackRecord | None:
@@ -253,26 +240,49 @@ def read_rows(output_dir: Path) -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-class _Watcher(TrainerCallback):
+class Watcher(TrainerCallback):
     """Probes on schedule, writes each row as it comes, and ends a diverged attack.
 
-    It listens to the log of every step, the first event that knows the step's loss.
+    It listens to the log of every step, the first event that knows the step's loss. What an
+    earlier attack left in ``output_dir`` is discarded.
     """
 
     def __init__(
-        self, config: FinetuneConfig, probe: Probe, path: Path, on_progress: Progress | None
+        self, config: FinetuneConfig, probe: Probe, output_dir: Path, on_progress: Progress | None
     ) -> None:
         self.rows: list[Row] = []
         self.status: Status = "ok"
         self.probe_seconds = 0.0
         self._config = config
         self._probe = probe
-        self._path = path
+        self._output_dir = output_dir
         self._on_progress = on_progress
+        self._started = time.perf_counter()
+        (output_dir / _RECORD).unlink(missing_ok=True)
+        write_atomic(output_dir / _ROWS, "")
 
     def start(self, model: PreTrainedModel, loss: float) -> None:
-        """Probe the model before the attack."""
+        """Probe the model before the attack.
+
+        Raises
+        ------
+        NonFiniteError
+            If its loss is not a number.
+        """
+        if not math.isfinite(loss):
+            raise NonFiniteError("loss", loss, "the model is broken before the attack")
         self._add(model, 0, loss)
+
+    def finish(self, key: str, model: PreTrainedModel) -> None:
+        """Write the record of the attack that ``key`` names."""
+        record = AttackRecord(
+            key=key,
+            status=self.status,
+            seconds=time.perf_counter() - self._started,
+            probe_seconds=self.probe_seconds,
+            weights=weights_hash(model),
+        )
+        write_json(self._output_dir / _RECORD, dataclasses.asdict(record))
 
     def on_log(
         self,
@@ -300,7 +310,7 @@ class _Watcher(TrainerCallback):
         row = {"step": step, "loss": loss} | self._probe(model, step)
         self.probe_seconds += time.perf_counter() - started
         self.rows.append(row)
-        with self._path.open("a", encoding="utf-8") as handle:
+        with (self._output_dir / _ROWS).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         if self._on_progress is not None:
             self._on_progress(step, self._config.steps, row)
@@ -317,7 +327,7 @@ class _Rows(torch.utils.data.Dataset[Encoded]):
         return self._rows[index]
 
 
-def _own_copy(model: PreTrainedModel | str | Path) -> PreTrainedModel:
+def own_copy(model: PreTrainedModel | str | Path) -> PreTrainedModel:
     """Return a trainable model that nobody else holds."""
     if isinstance(model, PreTrainedModel):
         own = copy.deepcopy(model)
@@ -332,7 +342,8 @@ def _own_copy(model: PreTrainedModel | str | Path) -> PreTrainedModel:
     return own.requires_grad_(True)
 
 
-def _with_adapter(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+def with_adapter(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """Attach a fresh adapter to every linear layer, alpha twice its rank."""
     # peft needs seconds to import, and most attacks never use it.
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -343,11 +354,27 @@ def _with_adapter(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     return cast("PreTrainedModel", get_peft_model(model, adapter))
 
 
-def _arguments(config: FinetuneConfig, output_dir: Path) -> TrainingArguments:
-    arguments = TrainingArguments(
+def arguments_for(
+    config: FinetuneConfig,
+    output_dir: Path,
+    *,
+    rows: int,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
+    """Return the Trainer's arguments for an attack: one process, one device, nothing saved.
+
+    Parameters
+    ----------
+    rows
+        Rows per step.
+    kind, more
+        The class of arguments, and those that are its own.
+    """
+    arguments = kind(
         output_dir=str(output_dir),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=rows,
         learning_rate=config.learning_rate,
         optim=config.optimiser,
         weight_decay=config.weight_decay,
@@ -365,6 +392,7 @@ def _arguments(config: FinetuneConfig, output_dir: Path) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        **more,
     )
     # Several devices would each take a batch: another attack than the one asked for.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -385,9 +413,10 @@ def _inputs(chat: ChatFormat, rows: Sequence[Encoded]) -> dict[str, torch.Tensor
     }
 
 
-def _mean_loss(
+def mean_loss(
     trainer: Trainer, chat: ChatFormat, rows: Sequence[Encoded], *, autocast: bool
 ) -> float:
+    """Return the mean loss over the attacker's rows, batch by batch."""
     size = trainer.args.train_batch_size
     model = trainer.model
     assert model is not None, "the Trainer was given one"
