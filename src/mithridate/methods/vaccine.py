@@ -87,7 +87,7 @@ class Vaccine(Method):
     paper = "arXiv 2402.01109"
     summary = "Trains refusals to hold under the worst small drift of the hidden embeddings."
     defends = "mixtures of a few harmful rows into benign fine-tuning"
-    limits = "no wall: published harmful scores stay near half of the undefended model's"
+    limits = "no wall: by its own paper it lowers the harm, and leaves much of it"
     config_class: ClassVar[type[MethodConfig]] = VaccineConfig
 
     def __init__(self, config: VaccineConfig) -> None:
