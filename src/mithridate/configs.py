@@ -142,7 +142,11 @@ def _fits(value: Any, hint: Any) -> bool:
                 elif all(_fits(item, inner) for item in value):
                     return True
         elif origin is dict:
-            if isinstance(value, dict):
+            if isinstance(value, dict) and all(
+                _fits(key, kind) and _fits(item, inner)
+                for kind, inner in (arguments or (Any, Any),)
+                for key, item in value.items()
+            ):
                 return True
         elif option is float:
             # NaN passes every comparison with a bound that is written the wrong way round.
@@ -165,6 +169,8 @@ def _convert(value: Any, hint: Any) -> Any:
         if typing.get_origin(option) is tuple:
             kinds = itertools.repeat(arguments[0]) if arguments[-1] is Ellipsis else arguments
             return tuple(map(_convert, value, kinds))
+        if typing.get_origin(option) is dict and arguments:
+            return {key: _convert(item, arguments[1]) for key, item in value.items()}
         if option is float and not {int, str} & set(options):
             return float(value)
     return value

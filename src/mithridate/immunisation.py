@@ -65,6 +65,10 @@ def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> 
         The run stopped itself; the last complete checkpoint is kept.
     """
     method, training = read_settings(plan)
+    method.check(None)
+    if method.one_shot and plan.steps is not None:
+        warnings.warn(f"{method.name} takes no steps: --steps has no effect", stacklevel=2)
+    steps = 0 if method.one_shot else training.steps
     substituted = _substitutes(method, plan.streams)
     folder = Path(plan.model)
     if folder.is_dir():
@@ -86,15 +90,15 @@ def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> 
     stage = f"planting {method.name}"
 
     def on_log(row: Mapping[str, float]) -> None:
-        on_event(Event(stage=stage, step=int(row["step"]), total=training.steps, metrics=row))
+        on_event(Event(stage=stage, step=int(row["step"]), total=steps, metrics=row))
 
-    on_event(Event(stage=stage, total=training.steps))
+    on_event(Event(stage=stage, total=steps))
     result = immunise(model, tokenizer, examples, method, training, plan.output_dir, on_log=on_log)
     return {
         "method": method.name,
         "model": str(plan.output_dir / "model"),
         "output_dir": str(plan.output_dir),
-        "steps": training.steps,
+        "steps": steps,
         "seed": training.seed,
         "substituted_streams": substituted,
         "seconds": result.seconds,
@@ -170,11 +174,12 @@ def _section(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 def _check_room(
     plan: ImmunisationPlan, method: Method, training: TrainingConfig, parameters: int
 ) -> None:
+    light = training.lora_rank is not None or method.one_shot
     needed = models.requirements(
         parameters,
         # An adapter's gradients, moments and buffers are small beside the frozen weights.
-        copies=1 if training.lora_rank is not None else 4 + method.parameter_buffers,
+        copies=1 if light else 4 + method.parameter_buffers,
         # The older checkpoint goes only once the newer one is complete.
-        checkpoints=2 if training.save_every else 0,
+        checkpoints=2 if training.save_every and not method.one_shot else 0,
     )
     models.check_room(needed, plan.output_dir)

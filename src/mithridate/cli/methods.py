@@ -60,3 +60,4 @@ def _show(found: list[dict[str, Any]]) -> None:
         )
     out().print(table)
     out().print("passes: forward-backward passes a step; buffers: parameter-sized, beyond AdamW's.")
+    out().print("Joined by +, methods are planted together: --method seam+tokenbuncher.")

@@ -309,7 +309,9 @@ def immunise(
             preparation = method.prepare(trainer.context)
             if checkpoint is not None:
                 trainer.load_run_state(checkpoint)
-            if not method.one_shot:
+            if method.one_shot:
+                recorder.on_train_begin(trainer.args, trainer.state)
+            else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.requested and trainer.state.global_step < config.steps:
             raise KeyboardInterrupt

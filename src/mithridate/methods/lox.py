@@ -1,0 +1,297 @@
+r"""LoX: extrapolate the strongest directions of alignment, without training.
+
+arXiv 2506.15606 (COLM 2025); code VITA-Group/LoX@9213ce6 (`methods.md` §12). Per matrix,
+
+.. math:: W \leftarrow W + \alpha\,U_k S_k V_k^\top, \qquad W - W_{base} = U S V^\top.
+
+====================== =========================== =============================================
+released code          here                        why
+====================== =========================== =============================================
+full rank, alpha 1     rank 6, alpha 1.25          the paper's; the code's are ``rank=None``, 1.0
+difference in bf16     float32                     it is small beside the weights
+three models in memory one matrix of the base      read from its safetensors as it is needed
+exact SVD              randomised                  checked against the exact one, once a run
+tied weights           once                        the code moves a shared tensor by its name
+====================== =========================== =============================================
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mithridate.configs import require
+from mithridate.errors import InactiveTermError, InputError, RunStoppedError
+from mithridate.files import sha256_file, write_json
+from mithridate.methods.base import Method, MethodConfig, RunContext
+
+_LARGEST_RANK = 16
+_OVERSAMPLING = 24
+_POWER_ITERATIONS = 4
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoXConfig(MethodConfig):
+    """Options of LoX.
+
+    Parameters
+    ----------
+    base, base_revision
+        Folder or Hub id of the model before its alignment, in safetensors.
+    rank
+        k; ``None`` takes the whole difference.
+    strength
+        alpha; 0 leaves the weights as they are, bit for bit.
+    modules
+        ``all`` matrices, embeddings and head among them, or those of ``linear`` layers only.
+    svd
+        ``randomised`` (ranks up to 16) or ``exact``.
+    """
+
+    base: str | None = None
+    base_revision: str | None = None
+    rank: int | None = 6
+    strength: float = 1.25
+    modules: Literal["all", "linear"] = "all"
+    svd: Literal["randomised", "exact"] = "randomised"
+
+    def __post_init__(self) -> None:
+        require(self.rank is None or self.rank >= 1, "rank is below 1", "give 1 or more, or null")
+        require(
+            0 <= self.strength < math.inf, f"strength {self.strength} is no number from 0 up",
+            "1.25 is the paper's",
+        )  # fmt: skip
+        require(
+            self.svd == "exact" or self.rank is None or self.rank <= _LARGEST_RANK,
+            f"randomised SVD is not meant for rank {self.rank}",
+            f"use svd: exact, or a rank up to {_LARGEST_RANK}",
+        )
+
+
+class LoX(Method):
+    """W + alpha * (best rank-k approximation of W - W_base), in `prepare`; no step, no stream."""
+
+    name = "lox"
+    paper = "arXiv 2506.15606"
+    summary = "Extrapolates the strongest directions of alignment, without training."
+    defends = "benign and mildly harmful supervised fine-tuning at low learning rates"
+    limits = "fails at high learning rates; needs the base model, whose owner can subtract the step"
+    spaces = ("full",)
+    one_shot = True
+    config_class: ClassVar[type[MethodConfig]] = LoXConfig
+    streams = ()
+    passes_per_step = 0
+    parameter_buffers = 0
+
+    def __init__(self, config: LoXConfig) -> None:
+        self.config = config
+
+    def check(self, model: nn.Module | None) -> None:
+        """Refuse a base model that is missing, or of other shapes than ``model``."""
+        base = self._base()
+        if model is not None:
+            self._pairs(model, base)
+
+    def prepare(self, context: RunContext) -> dict[str, float]:
+        """Extrapolate every matrix in turn; writes ``lox.json`` (energies, no weights)."""
+        if self.config.strength == 0:
+            return {"matrices": 0.0}
+        model, base = context.oracle.model, self._base()
+        pairs = self._pairs(model, base)
+        found: dict[str, float] = {"svd_error": self._check_svd(context, base, pairs)}
+        rows, captured, whole = [], 0.0, 0.0
+        for name, weight, source in pairs:
+            delta = weight.detach() - base.read(source).to(weight)
+            update = torch.stack([self._top(one, context.seed) for one in _matrices(delta)])
+            energies = [float(tensor.double().square().sum()) for tensor in (update, delta)]
+            with torch.no_grad():
+                weight.add_(update.view_as(weight), alpha=self.config.strength)
+            captured, whole = captured + energies[0], whole + energies[1]
+            rows.append({"tensor": name, "captured": energies[0], "difference": energies[1]})
+        if whole == 0:
+            raise InactiveTermError(
+                "the model is its own base: there is no alignment to extrapolate"
+            )
+        found |= {
+            "matrices": float(len(pairs)),
+            "captured": captured / whole,
+            "travel": self.config.strength * math.sqrt(captured),
+        }
+        if context.output_dir is not None:
+            record = {"base": self.config.base, "hashes": base.hashes(), "tensors": rows, **found}
+            write_json(context.output_dir / "lox.json", record)
+        return found
+
+    def step(self, context: RunContext) -> dict[str, float]:
+        """Leave no gradient: the work is done."""
+        context.space.give_gradient(None)
+        return {}
+
+    def _base(self) -> BaseModel:
+        if self.config.base is None:
+            raise InputError(
+                "LoX needs the model before its alignment",
+                where="method.base",
+                mend="give base: the folder or Hub id of the model this one was aligned from",
+            )
+        return BaseModel(self.config.base, self.config.base_revision)
+
+    def _pairs(self, model: nn.Module, base: BaseModel) -> list[tuple[str, nn.Parameter, str]]:
+        """Return each matrix once, with its name and its name in the base model's files."""
+        excluded = _embeddings_and_head(model) if self.config.modules == "linear" else set[int]()
+        names: dict[int, list[str]] = {}
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(weight), []).append(name)
+        return [
+            (name, weight, base.find(names[id(weight)], weight.shape, model))
+            for name, weight in model.named_parameters()
+            if weight.ndim >= 2 and id(weight) not in excluded
+        ]
+
+    def _top(self, delta: torch.Tensor, seed: int, *, exact: bool = False) -> torch.Tensor:
+        """Return the best approximation of rank k of a matrix."""
+        rank = self.config.rank
+        if rank is None:
+            return delta
+        if exact or not self._randomised(delta.shape):
+            u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+            return torch.matmul(u[:, :rank] * s[:rank], vh[:rank])
+        with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):
+            torch.manual_seed(seed)
+            u, s, v = torch.svd_lowrank(delta, q=rank + _OVERSAMPLING, niter=_POWER_ITERATIONS)
+        return torch.matmul(u[:, :rank] * s[:rank], v[:, :rank].T)
+
+    def _randomised(self, shape: torch.Size) -> bool:
+        rank = self.config.rank
+        return self.config.svd == "randomised" and rank is not None and (
+            rank + _OVERSAMPLING < min(shape[-2:])
+        )  # fmt: skip
+
+    def _check_svd(
+        self, context: RunContext, base: BaseModel, pairs: list[tuple[str, nn.Parameter, str]]
+    ) -> float:
+        """Return by how much the randomised SVD falls short of the exact one on a matrix.
+
+        Raises
+        ------
+        RunStoppedError
+            If it misses more than a thousandth of the norm.
+        """
+        able = [pair for pair in pairs if self._randomised(pair[1].shape)]
+        if not able:
+            return 0.0
+        # Any will do, and the exact decomposition of the largest takes longest.
+        name, weight, source = min(able, key=lambda pair: pair[1].numel())
+        delta = _matrices(weight.detach() - base.read(source).to(weight))[0]
+        found, best = (float(self._top(delta, context.seed, exact=e).norm()) for e in (False, True))
+        error = 1 - found / best if best else 0.0
+        if error > _TOLERANCE:
+            raise RunStoppedError(
+                f"the randomised SVD of {name} misses {error:.2%} of the exact one's norm; "
+                "use svd: exact"
+            )
+        return error
+
+
+class BaseModel:
+    """The safetensors files of a model, of which one tensor is read at a time.
+
+    Raises
+    ------
+    InputError
+        There is no such model, or no whole safetensors file in it.
+    """
+
+    def __init__(self, source: str, revision: str | None) -> None:
+        self.source = source
+        self._files = sorted(_folder(source, revision).glob("*.safetensors"))
+        self._places: dict[str, Path] = {}
+        self._shapes: dict[str, list[int]] = {}
+        for path in self._files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - not a mapping
+                        self._places[name] = path
+                        self._shapes[name] = file.get_slice(name).get_shape()
+            except SafetensorError as error:
+                raise InputError(
+                    f"not a whole safetensors file: {error}",
+                    where=str(path),
+                    mend="copy or download it again",
+                ) from None
+        if not self._places:
+            raise InputError(
+                "the base model has no weights in safetensors",
+                where=source,
+                mend="save it with save_pretrained, and give that folder",
+            )
+
+    def find(self, names: list[str], shape: torch.Size, model: nn.Module) -> str:
+        """Return the name here of a tensor that goes by ``names`` in ``model``.
+
+        Raises
+        ------
+        InputError
+            Naming the tensor, if it is missing here or has another shape.
+        """
+        # A model's files may leave out, or add, the name of its body.
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        spellings = [*names, *(n.removeprefix(prefix) for n in names), *(prefix + n for n in names)]
+        source = next((name for name in spellings if name in self._places), None)
+        mend = "give the very model that this one was aligned from"
+        if source is None:
+            raise InputError(f"it has no tensor {names[0]}", where=self.source, mend=mend)
+        here = tuple(self._shapes[source])
+        if here != tuple(shape):
+            raise InputError(
+                f"{names[0]} is {here} in the base model and {tuple(shape)} in the aligned one",
+                where=self.source,
+                mend=f"{mend}, with the same vocabulary",
+            )
+        return source
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor, as it is stored."""
+        with safe_open(self._places[name], framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of each file."""
+        return {path.name: sha256_file(path) for path in self._files}
+
+
+def _folder(source: str, revision: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found: Any = snapshot_download(source, revision=revision, allow_patterns=["*.safetensors"])
+    except (OSError, HFValidationError) as error:
+        raise InputError(
+            f"no such base model: {str(error).strip().splitlines()[0]}",
+            where=source,
+            mend="give a folder, or a Hub id (a private one, or no network, looks the same)",
+        ) from None
+    return Path(found)
+
+
+def _matrices(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of two or more dimensions as a stack of matrices."""
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def _embeddings_and_head(model: nn.Module) -> set[int]:
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules.append(getattr(model, "get_output_embeddings", lambda: None)())
+    return {id(weight) for module in modules if module for weight in module.parameters()}
