@@ -184,7 +184,8 @@ def test_raw_is_normalised_at_alpha_times_the_norm(space):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lookahead_direction": "unrolled"}, {"gradient": "exact"}]
+    "options",
+    [{}, {"lookahead_direction": "unrolled", "lookahead_radius": None}, {"gradient": "exact"}],
 )
 def test_weights_are_the_same_bits_after_the_step(space, options):
     model = tiny_model(space, dtype=torch.float32)
@@ -278,7 +279,15 @@ def test_eight_rows_equal_eight_micro_batches(space, gradient):
         ({}, 3, 1),
         ({"lookahead_direction": "sign"}, 3, 1),
         ({"lookahead_direction": "adam"}, 3, 2),
-        ({"lookahead_direction": "unrolled", "unrolled_steps": 4}, 6, 3),
+        (
+            {
+                "lookahead_direction": "unrolled",
+                "lookahead_radius": None,
+                "unrolled_steps": 4,
+            },
+            6,
+            3,
+        ),
         ({"gradient": "exact"}, 5, 3),
         ({"collapse_weight": 0.0}, 1, 0),
     ],
@@ -413,3 +422,65 @@ def test_a_step_without_preparation_stops_the_run():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         from_mapping(CTRAPConfig, options, where="run.yaml: method")
+
+
+# The precision of the passes at the look-ahead (F2) ----------------------------------------------
+
+
+def test_shifted_passes_are_in_float32_unless_autocast_is_asked_for(monkeypatch):
+    model = tiny_llama(dtype=torch.float32, hidden=64)
+    seen = []
+    collapse = ctrap.token_collapse
+
+    def noting(token):
+        def loss(network, batch):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return collapse(token)(network, batch)
+
+        return loss
+
+    monkeypatch.setattr(ctrap, "token_collapse", noting)
+    options = {"lookahead_direction": "sign", "lookahead_radius": 3.0}
+    true, _, _ = step_of(method_for(**options), model, autocast=True)
+    assert seen == [False]
+    seen.clear()
+    method = method_for(**options, shifted_precision="autocast")
+    context = tiny_context(model, autocast=True)
+    found = method.prepare(context)
+    assert seen == [False, True]
+    assert found["autocast_change"] == pytest.approx(1, abs=0.1)
+    assert found["autocast_cosine"] >= 0.99
+    assert all(w.grad is None for w in weights_of(model))
+    method.step(context)
+    assert seen == [False, True, True]
+    rounded = context.space.gradient()
+    assert 1e-5 < relative_error(rounded, true) < 0.1
+
+
+@pytest.mark.parametrize("direction", ["gradient", "sign", "adam", "unrolled"])
+def test_a_look_ahead_that_autocast_cannot_see_is_refused(direction):
+    """bfloat16 keeps eight bits: a shift far below a weight's size vanishes or doubles."""
+    model = tiny_llama(dtype=torch.float32, hidden=64)
+    before = [w.detach().clone() for w in weights_of(model)]
+    method = method_for(
+        shifted_precision="autocast",
+        lookahead_direction=direction,
+        lookahead_radius=None if direction == "unrolled" else {"low": 1e-3, "high": 5.0},
+        attack_learning_rate=1e-7,
+    )
+    context = tiny_context(model, autocast=True)
+    with pytest.raises(InputError, match="rounds the look-ahead away"):
+        method.prepare(context)
+    assert all(torch.equal(w, b) for w, b in zip(weights_of(model), before, strict=True))
+    assert method.state()["second_moment.count"] == 0
+
+
+def test_autocast_of_shifted_passes_needs_the_run_s():
+    method = method_for(shifted_precision="autocast")
+    with pytest.raises(InputError, match=r"training\.autocast"):
+        method.prepare(tiny_context(tiny_llama()))
+
+
+def test_a_radius_for_an_unrolled_look_ahead_is_refused():
+    with pytest.raises(InputError, match="has no radius"):
+        CTRAPConfig(lookahead_direction="unrolled", lookahead_radius=0.1)

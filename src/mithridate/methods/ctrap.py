@@ -27,6 +27,7 @@ radius 0.1             LoRA only; else measured    no radius is published for fu
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import ClassVar, Literal
@@ -41,6 +42,7 @@ from mithridate.methods.lookahead import LORA_RADIUS, Direction, LookAhead, Radi
 from mithridate.weights import dot, norm
 from mithridate.weights.hvp import add_exact
 from mithridate.weights.losses import (
+    Loss,
     answer_cross_entropy,
     token_collapse,
     token_probability,
@@ -69,6 +71,9 @@ class CTRAPConfig(MethodConfig):
         One token e, by id or by the rule of `collapse_token`; or ``uniform``: KL(uniform || p).
     gradient
         Through the look-ahead: ``first_order`` or ``exact``.
+    shifted_precision
+        Of the passes at the look-ahead: true ``float32``, or the run's ``autocast``, which
+        `prepare` allows only where it sees the same look-ahead.
     variant
         ``released`` sets every value of the released code: for reproduction only.
     """
@@ -87,6 +92,7 @@ class CTRAPConfig(MethodConfig):
     attack_learning_rate: float = 2e-5
     unrolled_steps: int = 4
     gradient: Literal["first_order", "exact"] = "first_order"
+    shifted_precision: Literal["float32", "autocast"] = "float32"
     variant: Literal["default", "released"] = "default"
 
     def __post_init__(self) -> None:
@@ -126,6 +132,7 @@ RELEASED = {
     "lookahead_direction": "gradient",
     "lookahead_radius": LORA_RADIUS,
     "gradient": "first_order",
+    "shifted_precision": "float32",
 }
 
 
@@ -181,7 +188,27 @@ class CTRAP(Method):
             if self._token is None:
                 self._token = collapse_token(context, rare=self.config.variant != "released")
             found["collapse_token"] = float(self._token)
+        if self.config.shifted_precision == "autocast":
+            general, harmful = (
+                context.chat.batch(context.examples[name][:rows])
+                for name, rows in (
+                    (self._collapsing, self.config.collapse_rows),
+                    ("harmful", self.config.harmful_rows),
+                )
+            )
+            found |= self._ahead.check_autocast(context, self._loss(), general, harmful)
         return found
+
+    @property
+    def _collapsing(self) -> str:
+        return "general" if self.config.collapse_on == "general" else self.config.retain[0]
+
+    def _loss(self) -> Loss:
+        if self.config.collapse_target == "uniform":
+            return uniform_collapse
+        if self._token is None:
+            raise InactiveTermError("CTRAP has no collapse token: prepare() was not called")
+        return token_collapse(self._token)
 
     def step(self, context: RunContext) -> dict[str, float]:
         retain = context.draw_joined(self.config.retain, self.config.retain_rows)
@@ -221,14 +248,12 @@ class CTRAP(Method):
     def _collapse(
         self, context: RunContext, batch: Batch, harmful: Batch, terms: dict[str, float]
     ) -> None:
-        """Add lambda * v to ``.grad``, in true float32: autocast would round the shift (F2)."""
-        oracle, uniform = context.oracle, self.config.collapse_target == "uniform"
-        if self._token is None and not uniform:
-            raise InactiveTermError("CTRAP has no collapse token: prepare() was not called")
-        loss = uniform_collapse if self._token is None else token_collapse(self._token)
-        with oracle.full_precision():
+        """Add lambda * v to ``.grad``, in true float32: autocast may round the shift (F2)."""
+        oracle = context.oracle
+        rounding = self.config.shifted_precision == "autocast"
+        with nullcontext() if rounding else oracle.full_precision():
             terms["collapse"] = oracle.accumulate(
-                loss, batch, purpose="collapse", coefficient=self.config.collapse_weight
+                self._loss(), batch, purpose="collapse", coefficient=self.config.collapse_weight
             )
             self._watch(context, batch, terms, "p_e_ahead")
             if context.step % _WATCH_EVERY == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -19,8 +19,8 @@ from mithridate.chat import Batch
 from mithridate.configs import require
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods.base import RunContext
-from mithridate.weights import Gradient, GradientOracle, norm
-from mithridate.weights.losses import answer_cross_entropy
+from mithridate.weights import Gradient, GradientOracle, dot, norm
+from mithridate.weights.losses import Loss, answer_cross_entropy
 
 Direction = Literal["gradient", "sign", "adam", "unrolled"]
 Radius = float | dict[str, float] | Literal["auto"] | None
@@ -29,6 +29,7 @@ LORA_RADIUS = 0.1
 """CTRAP's released radius, over the factors of a rank-32 adapter."""
 
 _DECAY = 0.999
+_CHANGE, _COSINE = 0.1, 0.99
 _ATTACK_STEPS = 20
 
 
@@ -159,6 +160,11 @@ class LookAhead:
             "give a number above 0, {low: ..., high: ...} with 0 < low <= high, or auto",
         )
         require(
+            self.direction != "unrolled" or self.radius is None,
+            "an unrolled look-ahead is as long as its steps are: it has no radius",
+            "leave lookahead_radius out, and set attack_learning_rate and unrolled_steps",
+        )
+        require(
             self.direction == "gradient" or not self.raw,
             f"lookahead_direction {self.direction!r} has no raw form",
             "use lookahead: normalised",
@@ -189,6 +195,64 @@ class LookAhead:
         else:
             self._range = attack_travel(context, learning_rate=self.learning_rate, rows=self.rows)
         return {"radius_low": self._range[0], "radius_high": self._range[1]}
+
+    def check_autocast(
+        self, context: RunContext, loss: Loss, batch: Batch, harmful: Batch
+    ) -> dict[str, float]:
+        """Check that bfloat16 passes see the shift: it may be too small for them (F2).
+
+        Parameters
+        ----------
+        loss, batch
+            Whose gradient is taken at the look-ahead.
+        harmful
+            Decides the shift, at the smallest radius.
+
+        Returns
+        -------
+        dict
+            ``autocast_change``: how much of the harmful loss's change from here to the look-ahead
+            autocast finds, a ratio; ``autocast_cosine``: of the two gradients there.
+
+        Raises
+        ------
+        InputError
+            If the ratio is not within 10 % of 1, or the cosine below 0.99.
+        """
+        oracle = context.oracle
+        if not oracle.autocast:
+            raise InputError(
+                "shifted passes are to run under autocast, and the run does not",
+                where="shifted_precision",
+                mend="set training.autocast: true, or shifted_precision: float32",
+            )
+        probe = replace(self, _adam=AdamDirection())
+        if self._range is not None:
+            probe._range = self._range[0], self._range[0]
+
+        def harm() -> tuple[float, float]:
+            with oracle.full_precision():
+                true = oracle.loss(answer_cross_entropy, harmful, purpose="fidelity")
+            return true, oracle.loss(answer_cross_entropy, harmful, purpose="fidelity")
+
+        here = harm()
+        with probe.shifted(replace(context, draw=lambda *_: harmful), {}):
+            there = harm()
+            with oracle.full_precision():
+                true, _ = oracle.gradient(loss, batch, purpose="fidelity")
+            rounded, _ = oracle.gradient(loss, batch, purpose="fidelity")
+        context.space.give_gradient(None)
+        change, seen = (after - before for before, after in zip(here, there, strict=True))
+        ratio = seen / change if change else math.inf
+        cosine = dot(true, rounded) / (norm(true) * norm(rounded))
+        if not (abs(ratio - 1) <= _CHANGE and cosine >= _COSINE):
+            raise InputError(
+                f"autocast rounds the look-ahead away: the harmful loss changes {ratio:.2f} times "
+                f"as much as in float32, and the cosine of the gradients there is {cosine:.3f}",
+                where="shifted_precision",
+                mend="use shifted_precision: float32, or a larger radius",
+            )
+        return {"autocast_change": ratio, "autocast_cosine": cosine}
 
     def gradient(self, context: RunContext, terms: dict[str, float]) -> Batch:
         """Draw a harmful batch and add its gradient to ``.grad``; returns the batch."""
