@@ -9,8 +9,9 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 import mithridate
 from mithridate import models
 from mithridate.attacks.finetune import FinetuneConfig, finetune, read_record
+from mithridate.attacks.rl import RLConfig, exact_match, reinforce
 from mithridate.chat import ChatFormat
 from mithridate.configs import from_mapping, read_yaml, require
 from mithridate.events import Event, Listener, silent
@@ -35,6 +37,7 @@ from mithridate.weights.losses import answer_cross_entropy
 
 _MAX_NEW_TOKENS = 64
 _MEASURES = ("refusal", "useful_harm", "utility")
+_CONFIGS = {"sft": FinetuneConfig, "rl": RLConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +56,13 @@ class AttackPlan:
     permitted
         Held-out permitted questions that make up utility; without them nothing says whether what
         the attacker gets is still a useful model.
+    kind
+        ``sft``: supervised fine-tuning on ``harmful``. ``rl``: reinforcement learning on its
+        prompts, which pays for the answers given there.
     learning_rates
         Each is one attack.
     config
-        YAML file whose section ``attack`` holds further `FinetuneConfig` values.
+        YAML file whose section ``attack`` holds further `FinetuneConfig` or `RLConfig` values.
     steps, seed
         Override those of the section.
     keep_answers
@@ -71,6 +77,7 @@ class AttackPlan:
     output_dir: Path
     undefended: str | None = None
     permitted: str | None = None
+    kind: Literal["sft", "rl"] = "sft"
     learning_rates: tuple[float, ...] = (2e-5, 1e-4, 5e-4)
     config: Path | None = None
     steps: int | None = None
@@ -132,6 +139,7 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
             "batch_size": base.batch_size,
             "steps": base.steps,
             "optimiser": base.optimiser,
+            "kind": plan.kind,
             "diverged": diverged,
         },
         "seconds": {"attacking": time.perf_counter() - started},
@@ -168,8 +176,8 @@ def read_settings(plan: AttackPlan) -> FinetuneConfig:
     if plan.seed is not None:
         section["seed"] = plan.seed
     for rate in plan.learning_rates:
-        from_mapping(FinetuneConfig, {**section, "learning_rate": rate}, where=where)
-    return from_mapping(FinetuneConfig, section, where=f"{where}: attack")
+        from_mapping(_CONFIGS[plan.kind], {**section, "learning_rate": rate}, where=where)
+    return from_mapping(_CONFIGS[plan.kind], section, where=f"{where}: attack")
 
 
 def _read_items(plan: AttackPlan) -> _Items:
@@ -201,7 +209,12 @@ def _attack_one(
         on_event(Event(stage=stage, step=step, total=steps, metrics=shown))
 
     on_event(Event(stage=stage, total=config.steps))
-    return finetune(
+    run = finetune
+    if isinstance(config, RLConfig):
+        run = partial(
+            reinforce, reward=exact_match(AnswerJudge(items.attack)), reward_key="AnswerJudge"
+        )
+    return run(
         model,
         chat,
         items.attack,
@@ -330,6 +343,7 @@ def _write_folder(
     config = {
         "model": plan.model,
         "undefended": plan.undefended,
+        "kind": plan.kind,
         "learning_rates": list(plan.learning_rates),
         "attack": attack,
     }

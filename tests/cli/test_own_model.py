@@ -199,3 +199,31 @@ def test_the_three_commands_follow_each_other(world: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert {"undefended", "defended", "attack", "seed"} <= set(summary)
     assert json.loads(run("report", attacked, "--json").stdout)["bytes"] > 10_000
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_an_attack_by_rl_is_judged_and_kept_like_the_other(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="trl is not installed (pip install 'mithridate[trl]')")
+    config = tmp_path / "attack.yaml"
+    config.write_text("attack: {batch_size: 2, rollouts: 2, response_length: 4}")
+    plan = attack(world, tmp_path / "run", kind="rl", config=config)
+    summary = run_attack(plan)
+    assert summary["attack"]["kind"] == "rl"
+    text = (tmp_path / "run/trajectory.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [(row["target"], row["step"]) for row in rows] == [("defended", 0), ("defended", 2)]
+    assert {"reward", "reward_std", "entropy", "useful_harm", "answer_loss"} <= set(rows[1])
+    resolved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert resolved["kind"] == "rl"
+    assert resolved["attack"]["rollouts"] == 2
+    assert run_attack(plan)["defended"] == summary["defended"], "finished work is kept"
+
+
+def test_options_of_rl_are_unknown_to_fine_tuning(world: Path, tmp_path: Path) -> None:
+    config = tmp_path / "attack.yaml"
+    config.write_text("attack: {rollouts: 4}")
+    with pytest.raises(InputError, match="unknown key 'rollouts'"):
+        run_attack(attack(world, tmp_path, config=config))
+    config.write_text("attack: {rollouts: 1}")
+    with pytest.raises(InputError, match="no spread"):
+        run_attack(attack(world, tmp_path, config=config, kind="rl"))

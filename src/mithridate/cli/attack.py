@@ -1,9 +1,9 @@
-"""`mithridate attack`: fine-tune against a user's own model and its undefended control."""
+"""`mithridate attack`: fine-tuning or RL against one's own model and its undefended control."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,10 @@ def attack(
         str | None,
         typer.Option(help="Held-out permitted questions: utility.", metavar="FILE"),
     ] = None,
+    kind: Annotated[
+        Literal["sft", "rl"],
+        typer.Option(help="Fine-tuning on the rows, or RL paid for their answers."),
+    ] = "sft",
     learning_rate: Annotated[
         list[float] | None,
         typer.Option(help="Once for each attack.  [default: 2e-5, 1e-4, 5e-4]"),
@@ -41,7 +45,7 @@ def attack(
     ] = False,
     json_output: Json = False,
 ) -> dict[str, Any]:
-    """Fine-tune against your own model and judge."""
+    """Attack your own model by fine-tuning or RL, and judge."""
     from mithridate.attacking import AttackPlan, run_attack
     from mithridate.cli.progress import listening
 
@@ -51,6 +55,7 @@ def attack(
         harmful=harmful,
         evaluation=evaluation,
         permitted=permitted,
+        kind=kind,
         config=config,
         steps=steps,
         seed=seed,
