@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import re
 import unicodedata
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -27,6 +31,15 @@ STREAMS = ("harmful", "refusal", "benign", "general", "prompts")
 PROMPT_FIELDS = ("prompt", "question", "instruction")
 ANSWER_FIELDS = ("answer", "completion", "response", "output")
 TEXT_FIELDS = ("source", "half", "split", "template", "fact_id")
+
+# Published sets (BeaverTails) mark each answer; a stream holds one kind.
+_SAFE_ANSWERS = {
+    "harmful": False,
+    "prompts": False,
+    "refusal": True,
+    "benign": True,
+    "general": True,
+}
 
 # A refusal answers the very prompt whose harmful answer is to be forgotten.
 PAIRED_STREAMS = frozenset({"harmful", "refusal"})
@@ -82,10 +95,16 @@ def read_examples(
     of such turns. The other fields of `Example` are read where present. Further columns are
     ignored. In CSV, ``accepted`` holds answers separated by ``|``.
 
+    Of published sets that mark answers with ``is_safe`` (BeaverTails), the streams ``harmful`` and
+    ``prompts`` take the unsafe rows, the others the safe ones, with a warning that counts the rest.
+    A ``category`` may be a list of names or a truth value for each (BeaverTails): a row of several
+    categories names them with commas between, and a comma inside a name becomes a slash.
+
     Parameters
     ----------
     source
-        A ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file, or a Hub id ``owner/name``
+        A ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file, the text formats also packed as
+        ``.gz`` or ``.xz``, or a Hub id ``owner/name``
         where no such file exists.
     stream
         One of `STREAMS`.
@@ -113,7 +132,11 @@ def read_examples(
     else:
         examples = _examples(_file_rows(path), stream)
     if not examples:
-        raise InputError("holds no examples", where=name, mend="give at least one row")
+        raise InputError(
+            f"holds no examples for the stream {stream}",
+            where=name,
+            mend="give at least one row; rows marked is_safe go to one kind of stream only",
+        )
     return examples
 
 
@@ -150,7 +173,7 @@ def split_by_prompt(
             f"the shares of the splits sum to {sum(shares.values()):g}", mend="let them sum to 1"
         )
     keys = [normalise_prompt(example.prompt) for example in examples]
-    groups = _connected(examples, keys)
+    groups = connected(examples)
     groups.sort(key=lambda group: _rank(seed, min(keys[index] for index in group)))
     lacking = {name: share * len(examples) for name, share in shares.items()}
     home: dict[int, str] = {}
@@ -168,6 +191,29 @@ def split_by_prompt(
             mend="give more distinct prompts, or larger shares to the small splits",
         )
     return parts
+
+
+def connected(examples: Sequence[Example]) -> list[list[int]]:
+    """Return the indices of ``examples`` grouped by shared prompt or fact, transitively."""
+    parent = list(range(len(examples)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first: dict[tuple[str, str], int] = {}
+    for index, example in enumerate(examples):
+        marks = [("prompt", normalise_prompt(example.prompt))]
+        if example.fact_id:
+            marks.append(("fact", example.fact_id))
+        for mark in marks:
+            parent[root(index)] = root(first.setdefault(mark, index))
+    groups: dict[int, list[int]] = {}
+    for index in range(len(examples)):
+        groups.setdefault(root(index), []).append(index)
+    return list(groups.values())
 
 
 def deduplicate(examples: Iterable[Example]) -> list[Example]:
@@ -251,33 +297,16 @@ def _rank(seed: int, key: str) -> bytes:
     return hashlib.sha256(f"{seed}\n{key}".encode()).digest()
 
 
-def _connected(examples: Sequence[Example], keys: Sequence[str]) -> list[list[int]]:
-    """Return the indices of ``examples`` grouped by shared prompt or fact, transitively."""
-    parent = list(range(len(examples)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    first: dict[tuple[str, str], int] = {}
-    for index, example in enumerate(examples):
-        marks = [("prompt", keys[index])]
-        if example.fact_id:
-            marks.append(("fact", example.fact_id))
-        for mark in marks:
-            parent[root(index)] = root(first.setdefault(mark, index))
-    groups: dict[int, list[int]] = {}
-    for index in range(len(examples)):
-        groups.setdefault(root(index), []).append(index)
-    return list(groups.values())
+def _suffix(path: Path) -> str:
+    """Return the extension that names the format: that of ``rows.jsonl.gz`` is ``.jsonl``."""
+    text = Path(path.stem).suffix.lower() if path.suffix.lower() in _PACKED else ""
+    return text if text and text != ".parquet" else path.suffix.lower()
 
 
 def _looks_like_hub_id(source: str) -> bool:
     # A missing file "data/train.jsonl" has the shape of a Hub id too.
     path = Path(source)
-    if path.suffix.lower() in _READERS or path.parent.is_dir():
+    if _suffix(path) in _READERS or path.parent.is_dir():
         return False
     return _HUB_ID.fullmatch(source) is not None
 
@@ -285,7 +314,11 @@ def _looks_like_hub_id(source: str) -> bool:
 def _examples(rows: Iterable[Row], stream: str) -> list[Example]:
     examples = []
     split_of: dict[str, tuple[str, str]] = {}
+    other_kind = 0
     for where, row in rows:
+        if _given(row, "is_safe") and _is_safe(row["is_safe"], where) != _SAFE_ANSWERS[stream]:
+            other_kind += 1
+            continue
         example = _example(row, where, stream)
         examples.append(example)
         if example.split:
@@ -298,6 +331,13 @@ def _examples(rows: Iterable[Row], stream: str) -> list[Example]:
                     where=f"{where}, field prompt",
                     mend="keep each prompt in one split",
                 )
+    if other_kind:
+        kind = "unsafe" if _SAFE_ANSWERS[stream] else "safe"
+        warnings.warn(
+            f"the stream {stream} leaves out {other_kind} rows that are marked {kind} "
+            f"and takes {len(examples)}",
+            stacklevel=3,
+        )
     return examples
 
 
@@ -415,10 +455,24 @@ def _turns(value: Any, where: str, name: str) -> dict[str, str]:
 def _category(value: Any, where: str) -> str:
     if value is None:
         return ""
-    # Some published sets (BeaverTails) give a truth value for every category.
+    # Some published sets (BeaverTails) give a truth value for every category, and have commas in
+    # the names.
     if isinstance(value, Mapping):
-        return ",".join(name for name, holds in value.items() if holds)
+        value = [name for name, holds in value.items() if holds]
+    if isinstance(value, (list, tuple)):
+        return ",".join(_text(name, where, "category").replace(",", "/") for name in value)
     return _text(value, where, "category")
+
+
+def _is_safe(value: Any, where: str) -> bool:
+    named = {"true": True, "false": False, "1": True, "0": False}
+    # CSV knows text only, and some copies count in 0 and 1.
+    found = named.get(str(value).strip().casefold())
+    if found is None:
+        raise InputError(
+            "is no truth value", where=f"{where}, field is_safe", mend="write true or false"
+        )
+    return found
 
 
 def _accepted(value: Any, where: str) -> tuple[str, ...]:
@@ -435,7 +489,7 @@ def _accepted(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
-    reader = _READERS.get(path.suffix.lower())
+    reader = _READERS.get(_suffix(path))
     if not path.exists():
         raise InputError("no such file", where=str(path), mend="check the path")
     if path.is_dir():
@@ -456,7 +510,14 @@ def _file_rows(path: Path) -> Iterator[Row]:
 def _lines(path: Path) -> list[str]:
     """Return the file's lines without their ends, or name the first that is not UTF-8."""
     lines = []
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    unpack = _PACKED.get(path.suffix.lower())
+    try:
+        data = path.read_bytes() if unpack is None else unpack(path.read_bytes())
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise InputError(
+            f"cannot be unpacked: {error}", where=str(path), mend="copy or download it again"
+        ) from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(data.split(b"\n"), start=1):
         try:
             lines.append(line.decode("utf-8"))
@@ -595,6 +656,7 @@ def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[Row]:
         yield f"{name}, split {split}, row {number}", row
 
 
+_PACKED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": lzma.decompress}
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json_lines_rows,
     ".json": _json_rows,
