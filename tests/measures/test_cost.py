@@ -7,56 +7,154 @@ from typing import Any
 import pytest
 import torch
 
-from mithridate.errors import InputError
-from mithridate.measures.cost import measure_cost
-from mithridate.methods import METHODS, Method
+from mithridate.errors import InactiveTermError, InputError, RunStoppedError
+from mithridate.measures.cost import measure_cost, measure_costs
+from mithridate.methods import METHODS, Method, RunContext
 from mithridate.training.config import TrainingConfig
 from tests.tiny import tiny_examples, tiny_llama, tiny_tokenizer
 
+ROWS = 4
 
-def method(name: str) -> Method:
+
+def method(name: str, **options: Any) -> Method:
     kind = METHODS.load(name)
-    rows = (
-        {"harmful_rows": 4, "retain_rows": 4, "collapse_rows": 4}
-        if name == "ctrap"
-        else {"batch_size": 4}
-    )
-    made: Method = kind(kind.config_class(**rows))
+    rows = {"harmful_rows": ROWS, "retain_rows": ROWS, "collapse_rows": ROWS}
+    own = rows | {"lookahead_radius": 0.1} if name == "ctrap" else {"batch_size": ROWS}
+    made: Method = kind(kind.config_class(**own | options))
     return made
 
 
-def measured(name: str, **options: int) -> dict[str, Any]:
+def measured(name: str, **options: Any) -> dict[str, Any]:
     return measure_cost(
         tiny_llama(dtype=torch.float32),
         tiny_tokenizer(),
         tiny_examples(),
         method(name),
         TrainingConfig(steps=4),
-        **options,
+        **{"warmup": 3, "pairs": 3, **options},
     )
 
 
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, Any]]:
+    sft = METHODS.load("sft")
+
+    class Failing(sft):  # type: ignore[misc, valid-type]
+        def step(self, context: RunContext) -> dict[str, float]:
+            if context.step >= self.after:
+                raise InactiveTermError("nothing left to do\nand more")
+            return super().step(context)  # type: ignore[no-any-return]
+
+    late, early = (Failing(sft.config_class(batch_size=ROWS)) for _ in range(2))
+    early.after, late.after = 1, 4
+    methods = {
+        "ctrap": method("ctrap"),
+        "seam": method("seam", epsilon=1e-3),
+        "log": method("seam", unlearning="log", epsilon=1e-3),
+        "late": late,
+        "early": early,
+    }
+    return measure_costs(
+        tiny_llama(dtype=torch.float32, hidden=128),
+        tiny_tokenizer(),
+        tiny_examples(),
+        methods,
+        TrainingConfig(learning_rate=1e-8),
+        rows=ROWS,
+        warmup=3,
+        rounds=3,
+    )
+
+
+def test_passes_and_batch_equivalents_are_those_of_the_papers(
+    found: dict[str, dict[str, Any]],
+) -> None:
+    for name, passes, equivalents in (
+        ("sft", 1, 1),
+        ("ctrap", 3, 3),
+        ("seam", 5, 17 / 3),
+        ("log", 5, 5),
+    ):
+        row = found[name]
+        assert row["passes_per_step"] == passes
+        assert row["extra_passes"] == passes - 1
+        assert row["batch_equivalents"] == pytest.approx(equivalents)
+        assert row["rounds"] == 3
+    assert found["sft"]["clock_ratio"] == found["sft"]["memory_time_ratio"] == 1
+
+
+def test_memory_is_the_declared_buffers_and_little_else(found: dict[str, dict[str, Any]]) -> None:
+    for name in ("ctrap", "seam", "log"):
+        row = found[name]
+        assert row["parameter_buffers"] <= row["extra_buffers"] < row["parameter_buffers"] + 0.7
+        assert row["extra_bytes"] == sum(row["extra_bytes_per_device"].values())
+        assert row["memory_time_ratio"] == row["peak_memory_ratio"] * row["clock_ratio"]
+    # Weights, two moments and a gradient at least.
+    weights = 4 * sum(p.numel() for p in tiny_llama(hidden=128).parameters())
+    assert 4 * weights <= found["sft"]["peak_memory_bytes"] < 5 * weights
+
+
+def test_operations_are_near_six_for_each_weight_and_token(
+    found: dict[str, dict[str, Any]],
+) -> None:
+    for name in ("sft", "log"):
+        assert found[name]["flops"] == pytest.approx(found[name]["flops_6nd"], rel=0.3)
+    assert found["seam"]["flops"] > found["log"]["flops"]
+
+
+def test_intervals_hold_their_medians(found: dict[str, dict[str, Any]]) -> None:
+    for name in ("ctrap", "seam", "log"):
+        low, high = found[name]["clock_ratio_interval"]
+        assert low <= found[name]["clock_ratio"] <= high
+
+
+@pytest.mark.parametrize("name", ["early", "late"])
+def test_a_method_that_stops_is_a_row_with_its_reason(
+    found: dict[str, dict[str, Any]], name: str
+) -> None:
+    assert found[name] == {"not_timed": "nothing left to do"}
+
+
+def test_what_a_method_keeps_from_step_to_step_counts() -> None:
+    """AdamDirection keeps a second moment beside the saved weights."""
+    found = measure_costs(
+        tiny_llama(dtype=torch.float32, hidden=128),
+        tiny_tokenizer(),
+        tiny_examples(),
+        {name: method("ctrap", lookahead_direction=name) for name in ("gradient", "adam")},
+        TrainingConfig(learning_rate=1e-8),
+        rows=ROWS,
+        warmup=3,
+        rounds=3,
+    )
+    more = found["adam"]["extra_buffers"] - found["gradient"]["extra_buffers"]
+    assert more == pytest.approx(1, abs=0.2)
+
+
 def test_sft_costs_what_sft_costs() -> None:
-    found = measured("sft", warmup=1, pairs=3)
+    found = measured("sft")
     assert found["passes_per_step"] == found["sft_passes_per_step"] == 1
     assert 0.2 < found["clock_ratio"] < 5
     assert found["parameter_buffers"] == 0
+    assert found["peak_memory_ratio"] == pytest.approx(1, abs=0.05)
     assert found["pairs"] == 3
 
 
-def test_passes_are_counted_and_buffers_declared() -> None:
-    found = measured("ctrap", warmup=1, pairs=3)
-    ctrap = method("ctrap")
-    assert found["passes_per_step"] == ctrap.passes_per_step <= 3
-    assert found["parameter_buffers"] == ctrap.parameter_buffers <= 1
-    assert found["step_seconds"] > 0
-    assert found["peak_memory_bytes"] > 0
-
-
 def test_time_is_bounded_but_three_pairs_are_timed() -> None:
-    assert measured("sft", warmup=0, pairs=20, seconds=0)["pairs"] == 3
+    assert measured("sft", pairs=20, seconds=0)["pairs"] == 3
 
 
 def test_a_median_needs_pairs() -> None:
     with pytest.raises(InputError, match="too few"):
         measured("sft", pairs=2)
+
+
+def test_one_method_that_cannot_be_timed_stops() -> None:
+    with pytest.raises(RunStoppedError, match="ctrap cannot be timed: needs the streams"):
+        measure_cost(
+            tiny_llama(dtype=torch.float32),
+            tiny_tokenizer(),
+            {name: rows for name, rows in tiny_examples().items() if name != "harmful"},
+            method("ctrap"),
+            TrainingConfig(),
+        )

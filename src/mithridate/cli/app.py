@@ -15,6 +15,7 @@ from mithridate import __version__
 from mithridate.cli import (
     attack,
     audit,
+    cost,
     demo,
     doctor,
     economics,
@@ -50,6 +51,7 @@ app.command()(report.report)
 app.command()(verdict.verdict)
 app.command()(economics.economics)
 app.command()(methods.methods)
+app.command()(cost.cost)
 app.command()(doctor.doctor)
 
 

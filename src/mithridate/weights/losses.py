@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -152,10 +153,47 @@ def layerwise_cross_entropy(
         def read(state: torch.Tensor) -> torch.Tensor:
             return functional.cross_entropy(widen(head(norm(state))), targets, reduction="sum")
 
-        for state in states:
-            # One (positions, vocabulary) matrix at a time: all layers' together would not fit.
-            lens = lens + checkpoint(read, state, use_reentrant=False, preserve_rng_state=False)
+        readers = [*norm.parameters(), *head.parameters()]
+        trained = [weight for weight in readers if weight.requires_grad]
+        lens = _SumOfReadings.apply(read, len(states), *states, *trained)
     return output, lens
+
+
+class _SumOfReadings(torch.autograd.Function):
+    """The sum of ``read(state)`` over states, each differentiated as soon as it is made.
+
+    Only one (positions, vocabulary) matrix is held at a time; all layers' together would not fit,
+    and to make each again in the backward pass costs a third of its operations once more. Between
+    the passes the weights' gradient of the sum is held. Can be differentiated once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, read: Callable[[torch.Tensor], torch.Tensor], count: int, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum; ``tensors`` are ``count`` states, then the weights that ``read`` uses."""
+        states, weights = tensors[:count], tensors[count:]
+        values, by_state = [], []
+        by_weight = [torch.zeros_like(weight) for weight in weights]
+        differentiated = any(ctx.needs_input_grad)
+        for state in states:
+            with torch.set_grad_enabled(differentiated):
+                leaf = state.detach().requires_grad_(differentiated)
+                value = read(leaf)
+            values.append(value.detach())
+            if differentiated:
+                first, *others = torch.autograd.grad(value, [leaf, *weights])
+                by_state.append(first)
+                if others:
+                    torch._foreach_add_(by_weight, others)
+        ctx.gradients = [*by_state, *by_weight]
+        return torch.stack(values).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients made in `forward`, times ``gradient``."""
+        return (None, None, *torch._foreach_mul(ctx.gradients, gradient))
 
 
 def answer_states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
