@@ -20,6 +20,7 @@ COMMANDS = (
     "demo",
     "immunise",
     "attack",
+    "audit",
     "report",
     "verdict",
     "economics",
