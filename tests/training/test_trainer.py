@@ -249,6 +249,7 @@ def test_a_missing_stream_is_named(content, tmp_path):
             "DeepSpeed ZeRO-3",
         ),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed precision \(bf16\)"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "started only this one"),
     ],
 )
 def test_launches_that_cannot_be_exact_are_refused_by_name(environment, name):
@@ -258,6 +259,10 @@ def test_launches_that_cannot_be_exact_are_refused_by_name(environment, name):
 
 def test_a_plain_launch_is_accepted():
     refuse_unsupported_launch({"WORLD_SIZE": "4", "ACCELERATE_MIXED_PRECISION": "no"})
+    refuse_unsupported_launch({"ACCELERATE_USE_CPU": "True"})
+    cpu = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+    refuse_unsupported_launch(cpu | {"WORLD_SIZE": "2"})
+    refuse_unsupported_launch(cpu | {"PMI_SIZE": "2"})
 
 
 def test_lora_plants_in_an_adapter_and_releases_a_merged_model(tmp_path):

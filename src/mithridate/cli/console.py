@@ -29,6 +29,11 @@ OutputDir = Annotated[
 INPUT_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
 
 
+def is_main_process() -> bool:
+    """Tell whether this is the process of a launch that speaks for all (`torchrun` sets RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def err() -> Console:
     """Return the console for progress, warnings and errors."""
     from rich.console import Console
@@ -65,7 +70,9 @@ def quiet_stdout() -> Iterator[IO[str]]:
 
 
 def write_document(stream: IO[str], document: Mapping[str, Any]) -> None:
-    """Write the document that ``--json`` promised."""
+    """Write the document that ``--json`` promised; one for a launch of several processes."""
+    if not is_main_process():
+        return
     stream.write(json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n")
     stream.flush()
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mithridate.cli.console import Json, OutputDir, out
+from mithridate.cli.console import Json, OutputDir, is_main_process, out
 
 File = Annotated[
     str | None, typer.Option(help="JSON Lines, JSON, Parquet, CSV, or a Hub id.", metavar="FILE")
@@ -55,7 +55,7 @@ def immunise(
     )
     with listening() as listener:
         document = run_immunisation(plan, on_event=listener)
-    if not json_output:
+    if not json_output and is_main_process():
         out().print(f"Immunised with {method} in {document['seconds']:.0f} s.", markup=False)
         out().print(f"Model: {document['model']}", markup=False, soft_wrap=True)
     return document

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mithridate.cli.console import err
-from mithridate.events import Event, Listener
+from mithridate.cli.console import err, is_main_process
+from mithridate.events import Event, Listener, silent
 from mithridate.printable import printable
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ _NOT_SHOWN = {"step", "epoch", "learning_rate", "grad_norm"}
 def listening() -> Iterator[Listener]:
     """Draw the events it is given: bars on a terminal, a line now and then elsewhere."""
     console = err()
-    if console.is_terminal:
+    if not is_main_process():
+        yield silent
+    elif console.is_terminal:
         with _bars(console) as listener:
             yield listener
     else:

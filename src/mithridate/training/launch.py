@@ -18,6 +18,8 @@ from transformers import (
 
 from mithridate.errors import InputError
 
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 def refuse_unsupported_launch(environment: Mapping[str, str]) -> None:
     """Refuse launch configurations in which perturbing and restoring weights is not exact.
@@ -51,6 +53,18 @@ def refuse_unsupported_launch(environment: Mapping[str, str]) -> None:
             "be in true float32",
             where="accelerate launch",
             mend="launch with --mixed_precision no and set training.autocast: true",
+        )
+    # With --cpu accelerate names a meeting point for the processes asked for, and starts one.
+    alone = "MASTER_ADDR" in environment and not any(
+        name in environment for name in ("WORLD_SIZE", *_MPI_SIZES)
+    )
+    if alone and environment.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        raise InputError(
+            "accelerate was asked for several processes and started only this one: with --cpu it "
+            "needs MPI",
+            where="accelerate launch --cpu",
+            mend="use torchrun --nproc_per_node N, or accelerate launch --multi_gpu "
+            "--num_processes N, which serves processors too",
         )
 
 
