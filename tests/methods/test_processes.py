@@ -11,6 +11,7 @@ from mithridate.methods.booster import Booster, BoosterConfig
 from mithridate.methods.ctrap import CTRAP, CTRAPConfig
 from mithridate.methods.repnoise import RepNoise, RepNoiseConfig
 from mithridate.methods.seam import SEAM, SEAMConfig
+from mithridate.methods.trajectory import Trajectory, TrajectoryConfig
 from mithridate.methods.tvaccine import TVaccine, TVaccineConfig
 from mithridate.methods.vaccine import Vaccine, VaccineConfig
 from tests.tiny import relative_error, tiny_context, tiny_model
@@ -25,6 +26,10 @@ METHODS = {
     "tvaccine": lambda: TVaccine(TVaccineConfig(layers=2)),
     "booster": lambda: Booster(BoosterConfig(lookahead_radius=0.3)),
     "repnoise": lambda: RepNoise(RepNoiseConfig(batch_size=8, noise_weight=1.0)),
+    "seam trajectory": lambda: SEAM(SEAMConfig(coupling_at="trajectory", hvp="exact")),
+    "trajectory": lambda: Trajectory(
+        TrajectoryConfig(attackers=("sgd", "lora"), retain_kl=0.5, attack_steps=(2, 2))
+    ),
     "seam without coupling": lambda: SEAM(SEAMConfig(coupling_weight=0.0)),
 }
 
