@@ -158,7 +158,8 @@ def test_options_out_of_range_are_refused(options, message):
 
 def test_exact_products_are_true_under_autocast_where_differences_are_void(space):
     """`methods.md` P3: a difference of bfloat16 gradients is noise, the double backward is not."""
-    model = tiny_model(space, dtype=torch.float32, hidden=64)
+    # Wider, its random logits are so large that bfloat16 itself is rough.
+    model = tiny_model(space, dtype=torch.float32, hidden=16)
     truth = true_coupling(model)
 
     def coupled(how):
@@ -175,7 +176,7 @@ def test_exact_products_are_true_under_autocast_where_differences_are_void(space
         return dot(found, truth) / norm(found) / norm(truth), norm(found) / norm(truth)
 
     cosine_exact, ratio_exact = coupled("exact")
-    assert cosine_exact > 0.98
+    assert cosine_exact > 0.99
     assert 0.9 < ratio_exact < 1.1
     cosine_finite, ratio_finite = coupled("finite")
     assert cosine_finite < 0.9 or ratio_finite > 1.25
