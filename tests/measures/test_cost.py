@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from mithridate.errors import InactiveTermError, InputError, RunStoppedError
-from mithridate.measures.cost import measure_cost, measure_costs
+from mithridate.measures.cost import _Operations, measure_cost, measure_costs
 from mithridate.methods import METHODS, Method, RunContext
 from mithridate.training.config import TrainingConfig
-from tests.tiny import tiny_examples, tiny_llama, tiny_tokenizer
+from tests.tiny import mean_loss, tiny_batch, tiny_examples, tiny_llama, tiny_tokenizer
 
 ROWS = 4
 
@@ -100,6 +102,21 @@ def test_operations_are_near_six_for_each_weight_and_token(
     for name in ("sft", "log"):
         assert found[name]["flops"] == pytest.approx(found[name]["flops_6nd"], rel=0.3)
     assert found["seam"]["flops"] > found["log"]["flops"]
+
+
+def test_operations_are_those_of_the_library_s_own_counter() -> None:
+    model, batch = tiny_llama(dtype=torch.float32), tiny_batch(3)
+
+    def work() -> None:
+        mean_loss(model, batch).backward()
+        with torch.no_grad():
+            mean_loss(model, batch)
+
+    with FlopCounterMode(display=False) as theirs, sdpa_kernel(SDPBackend.MATH):
+        work()
+    with _Operations() as ours, sdpa_kernel(SDPBackend.MATH):
+        work()
+    assert ours.total == theirs.get_total_flops() > 0
 
 
 def test_intervals_hold_their_medians(found: dict[str, dict[str, Any]]) -> None:

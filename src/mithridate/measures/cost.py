@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from mithridate.chat import ChatFormat
 from mithridate.configs import require
@@ -227,6 +228,31 @@ class _Contender:
         return len(self.wall) >= FEWEST_ROUNDS and self.spent > share
 
 
+class _Operations(TorchDispatchMode):
+    """Counts floating point operations by torch's formulas.
+
+    Torch's own counter also tracks modules, by hooks that forbid `torch.autograd.grad` inside a
+    forward pass.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(function._overloadpacket)
+        if formula is None:
+            with self:
+                parts = function.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        result = function(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=result)
+        return result
+
+
 class _Meter:
     """One model and one optimiser, and the contenders that take turns on them."""
 
@@ -270,9 +296,9 @@ class _Meter:
         with one.memory.watch():
             self._step(one)
         # Fused attention is not in the counter's books on every device.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with _Operations() as counted, sdpa_kernel(SDPBackend.MATH):
             self._step(one)
-        one.flops = counter.get_total_flops()
+        one.flops = counted.total
         started = time.perf_counter()
         for _ in range(steps - _MEASURED):
             if time.perf_counter() - started > seconds:
