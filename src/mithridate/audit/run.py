@@ -338,7 +338,10 @@ def _read(plan: AuditPlan) -> _Material:
     known: dict[str, Any] = {}
     canaries: list[Example] = []
     if plan.testbed is not None:
-        rows, canaries, known = _testbed(plan.testbed, with_reference=plan.model is not None)
+        rows, canaries, known = _testbed(
+            plan.testbed,
+            with_reference=plan.model is not None and plan.reference is None,
+        )
     else:
         sources = {
             **plan.streams,
