@@ -38,7 +38,8 @@ RADIUS, WEIGHT = 0.3, 0.8
 
 
 def method_for(**options):
-    defaults = {"lookahead_radius": RADIUS, "flatness_weight": WEIGHT}
+    unrolled = options.get("lookahead_direction") == "unrolled"
+    defaults = {"lookahead_radius": None if unrolled else RADIUS, "flatness_weight": WEIGHT}
     return Booster(BoosterConfig(**{"harmful_rows": 4, "retain_rows": 4} | defaults | options))
 
 
