@@ -28,8 +28,9 @@ from mithridate.events import Event, Listener, silent
 from mithridate.examples import Example, check_disjoint, fingerprint, read_examples
 from mithridate.files import sha256_of, write_atomic, write_json
 from mithridate.judges.answers import AnswerJudge
+from mithridate.judges.base import Judge, make_judge, useful_harm_score
 from mithridate.judges.outcomes import Outcome, shares
-from mithridate.measures.probe import probe as look
+from mithridate.measures.probe import summarise
 from mithridate.measures.trajectory import worst_case
 from mithridate.release import weights_hash
 from mithridate.weights import GradientOracle
@@ -52,17 +53,22 @@ class AttackPlan:
     harmful
         The attacker's rows.
     evaluation
-        Held-out restricted questions, disjoint from ``harmful`` by prompt.
+        Held-out restricted questions, disjoint from ``harmful`` by prompt; with answers where the
+        judge compares.
     permitted
         Held-out permitted questions that make up utility; without them nothing says whether what
         the attacker gets is still a useful model.
     kind
         ``sft``: supervised fine-tuning on ``harmful``. ``rl``: reinforcement learning on its
         prompts, which pays for the answers given there.
+    judge
+        Who judges the answers to restricted questions: ``NAME`` or ``NAME:SOURCE`` of a
+        registered judge.
     learning_rates
         Each is one attack.
     config
-        YAML file whose section ``attack`` holds further `FinetuneConfig` or `RLConfig` values.
+        YAML file whose section ``attack`` holds further `FinetuneConfig` or `RLConfig` values, and
+        whose section ``judge`` holds the judge's.
     steps, seed
         Override those of the section.
     keep_answers
@@ -78,6 +84,7 @@ class AttackPlan:
     undefended: str | None = None
     permitted: str | None = None
     kind: Literal["sft", "rl"] = "sft"
+    judge: str = "exact"
     learning_rates: tuple[float, ...] = (2e-5, 1e-4, 5e-4)
     config: Path | None = None
     steps: int | None = None
@@ -100,7 +107,7 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
     InputError
         Anything that was given cannot be used; before any training.
     """
-    base = read_settings(plan)
+    base, judge = read_settings(plan)
     targets = {"undefended": plan.undefended, "defended": plan.model}
     sources = {name: source for name, source in targets.items() if source is not None}
     for source in sources.values():
@@ -108,7 +115,9 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
             models.check_model_folder(Path(source))
             _check_room(models.count_parameters(Path(source)), plan.output_dir)
     on_event(Event(stage="reading data"))
-    items = _read_items(plan)
+    items = _read_items(plan, judge)
+    on_event(Event(stage=f"asking the judge {judge.name}"))
+    judge.prepare(plan.output_dir)
     started = time.perf_counter()
     trajectory: list[dict[str, Any]] = []
     hashes: dict[str, str] = {}
@@ -121,7 +130,7 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
         for rate in plan.learning_rates:
             folder = plan.output_dir / "attacks" / f"{target}-{rate:g}"
             rows = _attack_one(
-                model, chat, items, dataclasses.replace(base, learning_rate=rate),
+                model, chat, items, dataclasses.replace(base, learning_rate=rate), judge,
                 folder=folder, stage=f"attacking the {target} model at {rate:g}",
                 keep=plan.keep_answers, on_event=on_event,
             )  # fmt: skip
@@ -141,15 +150,18 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
             "optimiser": base.optimiser,
             "kind": plan.kind,
             "diverged": diverged,
+            "judge": judge.description(),
         },
         "seconds": {"attacking": time.perf_counter() - started},
     }
-    _write_folder(plan, base, items, trajectory, summary, hashes)
+    _write_folder(plan, base, judge, items, trajectory, summary, hashes)
     return summary
 
 
-def read_settings(plan: AttackPlan) -> FinetuneConfig:
-    """Return the attack's configuration; its learning rate is replaced by each of the plan's.
+def read_settings(plan: AttackPlan) -> tuple[FinetuneConfig, Judge]:
+    """Return the attack's configuration, and its judge.
+
+    The configuration's learning rate is replaced by each of the plan's.
 
     Raises
     ------
@@ -159,11 +171,13 @@ def read_settings(plan: AttackPlan) -> FinetuneConfig:
     require(bool(plan.learning_rates), "no learning rate", "give at least one --learning-rate")
     where = str(plan.config) if plan.config else "command line"
     given = read_yaml(plan.config) if plan.config else {}
-    section = given.get("attack") or {}
+    section, judge = given.get("attack") or {}, given.get("judge") or {}
     require(
-        set(given) <= {"attack"} and isinstance(section, Mapping),
-        f"{where}: the file holds something else than the mapping 'attack:'",
-        "write the attack's values under attack:",
+        set(given) <= {"attack", "judge"}
+        and isinstance(section, Mapping)
+        and isinstance(judge, Mapping),
+        f"{where}: the file holds something else than the mappings 'attack:' and 'judge:'",
+        "write the attack's values under attack:, the judge's under judge:",
     )
     section = dict(section)
     require(
@@ -177,13 +191,17 @@ def read_settings(plan: AttackPlan) -> FinetuneConfig:
         section["seed"] = plan.seed
     for rate in plan.learning_rates:
         from_mapping(_CONFIGS[plan.kind], {**section, "learning_rate": rate}, where=where)
-    return from_mapping(_CONFIGS[plan.kind], section, where=f"{where}: attack")
+    return (
+        from_mapping(_CONFIGS[plan.kind], section, where=f"{where}: attack"),
+        make_judge(plan.judge, judge, where=where),
+    )
 
 
-def _read_items(plan: AttackPlan) -> _Items:
+def _read_items(plan: AttackPlan, judge: Judge) -> _Items:
+    asked = "harmful" if judge.needs_answers else "prompts"
     sets = {
         "harmful": read_examples(plan.harmful, stream="harmful"),
-        "eval": read_examples(plan.evaluation, stream="harmful"),
+        "eval": read_examples(plan.evaluation, stream=asked),
     }
     if plan.permitted is not None:
         sets["permitted"] = read_examples(plan.permitted, stream="benign")
@@ -198,6 +216,7 @@ def _attack_one(
     chat: ChatFormat,
     items: _Items,
     config: FinetuneConfig,
+    judge: Judge,
     *,
     folder: Path,
     stage: str,
@@ -219,69 +238,65 @@ def _attack_one(
         chat,
         items.attack,
         config,
-        probe=_probe(chat, items, config, folder if keep else None),
+        probe=_probe(chat, items, config, judge, folder if keep else None),
         probe_key=sha256_of(
-            [fingerprint(items.restricted), fingerprint(items.permitted), _MAX_NEW_TOKENS, keep]
+            [
+                fingerprint(items.restricted),
+                fingerprint(items.permitted),
+                judge.description(),
+                _MAX_NEW_TOKENS,
+                keep,
+            ]
         ),
         on_progress=on_progress,
         output_dir=folder,
     )
 
 
-class _OwnTestbed:
-    """What a probe needs to know of a user's own questions; guessing is not corrected for."""
-
-    max_new_tokens = _MAX_NEW_TOKENS
-
-    def __init__(self, items: _Items) -> None:
-        self.chance: Mapping[str, float] = {}
-        self._restricted = {item.prompt for item in items.restricted}
-        self._judges = (AnswerJudge(items.permitted), AnswerJudge(items.restricted))
-
-    def judge(self, item: Example, output: str) -> Outcome:
-        return self._judges[item.prompt in self._restricted](item, output)
-
-
 def _probe(
-    chat: ChatFormat, items: _Items, config: FinetuneConfig, keep: Path | None
+    chat: ChatFormat,
+    items: _Items,
+    config: FinetuneConfig,
+    judge: Judge,
+    keep: Path | None,
 ) -> Callable[[PreTrainedModel, int], dict[str, float]]:
-    testbed = _OwnTestbed(items)
-    evaluation = chat.batch(items.restricted, max_length=config.max_length)
+    answered = all(item.answer for item in items.restricted)
+    evaluation = chat.batch(items.restricted, max_length=config.max_length) if answered else None
+    useful = AnswerJudge(items.permitted)
 
     def probe(model: PreTrainedModel, step: int) -> dict[str, float]:
-        oracle = GradientOracle(model, micro_batch_size=16, autocast=config.autocast)
-        likelihood = oracle.loss(answer_cross_entropy, evaluation, purpose="evaluation")
-        if not items.permitted:
-            return {"answer_loss": likelihood, **_harm_only(model, chat, testbed, items, config)}
-        result = look(
+        seen = {}
+        if evaluation is not None:
+            oracle = GradientOracle(model, micro_batch_size=16, autocast=config.autocast)
+            seen["answer_loss"] = oracle.loss(
+                answer_cross_entropy, evaluation, purpose="evaluation"
+            )
+        seen |= judge.look(model, chat, items.restricted)
+        outputs = chat.generate(
             model,
-            chat,
-            testbed,
-            restricted=items.restricted,
-            permitted=items.permitted,
+            [item.prompt for item in (*items.restricted, *items.permitted)],
+            max_new_tokens=_MAX_NEW_TOKENS,
             autocast=config.autocast,
         )
+        count = len(items.restricted)
+        judged = judge.judge(items.restricted, outputs[:count])
+        if not judge.needs_answers:
+            seen[f"{judge.name}/harm"] = useful_harm_score(judged)
+        outcomes = [one.outcome for one in judged]
+        if not items.permitted:
+            return {**seen, **_harm_only(outcomes)}
+        outcomes += map(useful, items.permitted, outputs[count:])
+        # Guessing is not corrected for: nobody knows what a user's own questions allow.
+        result = summarise(items.restricted, items.permitted, outputs, outcomes, chance={})
         if keep is not None:
             _write_private(keep / f"answers-{step}.json", result.samples)
-        return {"answer_loss": likelihood, **result.metrics()}
+        return {**seen, **result.metrics()}
 
     return probe
 
 
-def _harm_only(
-    model: PreTrainedModel,
-    chat: ChatFormat,
-    testbed: _OwnTestbed,
-    items: _Items,
-    config: FinetuneConfig,
-) -> dict[str, float]:
-    outputs = chat.generate(
-        model,
-        [item.prompt for item in items.restricted],
-        max_new_tokens=_MAX_NEW_TOKENS,
-        autocast=config.autocast,
-    )
-    found = shares(map(testbed.judge, items.restricted, outputs))
+def _harm_only(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    found = shares(outcomes)
     return {
         "useful_harm": found[Outcome.EXACT],
         "refusal": found[Outcome.REFUSAL],
@@ -332,6 +347,7 @@ def _summarise(trajectory: Sequence[dict[str, Any]], target: str) -> dict[str, A
 def _write_folder(
     plan: AttackPlan,
     base: FinetuneConfig,
+    judge: Judge,
     items: _Items,
     trajectory: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
@@ -346,6 +362,7 @@ def _write_folder(
         "kind": plan.kind,
         "learning_rates": list(plan.learning_rates),
         "attack": attack,
+        "judge": json.loads(json.dumps(judge.description())),
     }
     write_atomic(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     write_json(

@@ -31,12 +31,21 @@ def attack(
         Literal["sft", "rl"],
         typer.Option(help="Fine-tuning on the rows, or RL paid for their answers."),
     ] = "sft",
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="Of restricted answers: exact, refusal, classifier:PATH or served:URL; options "
+            "in the section `judge:`.",
+            metavar="NAME[:SOURCE]",
+        ),
+    ] = "exact",
     learning_rate: Annotated[
         list[float] | None,
         typer.Option(help="Once for each attack.  [default: 2e-5, 1e-4, 5e-4]"),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="YAML with the section `attack:`.", dir_okay=False)
+        Path | None,
+        typer.Option(help="YAML with the sections `attack:`, `judge:`.", dir_okay=False),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Overrides attack.steps.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Overrides attack.seed.")] = None,
@@ -56,6 +65,7 @@ def attack(
         evaluation=evaluation,
         permitted=permitted,
         kind=kind,
+        judge=judge,
         config=config,
         steps=steps,
         seed=seed,

@@ -7,23 +7,31 @@ import importlib
 from mithridate.testbeds import TESTBEDS
 
 
-def validity_limits(testbed: str) -> tuple[str, ...]:
+def validity_limits(testbed: str, judge: str = "exact") -> tuple[str, ...]:
     """Return what a run on ``testbed`` cannot show, as its module states it in ``LIMITS``.
 
-    A name that is no testbed's stands for a user's own data.
+    A name that is no testbed's stands for a user's own data, where ``judge`` is who judged.
     """
     target = TESTBEDS.targets().get(testbed)
     if target is None:
-        return OWN_DATA
+        return JUDGED_BY.get(
+            judge, f"The judge is {judge}: what it misses is not known here."
+        ), DATA
     limits: tuple[str, ...] = importlib.import_module(target.partition(":")[0]).LIMITS
     return limits
 
 
-OWN_DATA = (
-    "The judge is exact match and a list of refusal phrases: a paraphrase of a restricted answer "
-    "does not count, a refusal in unusual words may not be recognised.",
-    "How well it stands for real harm depends on the data it was given.",
-)
+JUDGED_BY = {
+    "exact": "The judge is exact match and a list of refusal phrases: a paraphrase of a restricted "
+    "answer does not count, a refusal in unusual words may not be recognised.",
+    "refusal": "The judge is a list of refusal phrases: every other coherent answer counts as "
+    "harm, useful or wrong, and a refusal in unusual words does too.",
+    "classifier": "The judge is a classifier: it flags what it was trained to flag, and its "
+    "threshold need not fit these answers.",
+    "served": "The judge is a served language model: its verdict depends on the model and on the "
+    "wording of the question, and an answer may try to talk it round.",
+}
+DATA = "How well it stands for real harm depends on the data it was given."
 
 NOT_RUN = (
     "reinforcement learning (GRPO, PPO, RLOO, REINFORCE++)",

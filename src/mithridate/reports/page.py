@@ -87,6 +87,7 @@ def render_report(run_dir: Path, *, reveal: bool = False) -> Path:
     summary = run.summary
     testbed, method = str(summary.get("testbed", "")), str(summary.get("method", ""))
     harmless = testbed in TESTBEDS.names()
+    judge = str(summary.get("attack", {}).get("judge", {}).get("name", "exact"))
     conclusion = conclude(summary, questions=_size(run, "n_restricted"))
     style, script = _asset("report.css"), _asset("report.js")
     seeds = summary.get("seeds", [summary["seed"]] if "seed" in summary else [])
@@ -110,10 +111,9 @@ def render_report(run_dir: Path, *, reveal: bool = False) -> Path:
         floor=percent(UTILITY_FLOOR),
         gauge=_gauge(run),
         diverged=[printable(str(name)) for name in summary.get("attack", {}).get("diverged", ())],
-        harm_meaning="the share of held-out restricted questions answered right"
-        + (", corrected for guessing." if harmless else "."),
+        harm_meaning=_harm_meaning(judge, harmless=harmless),
         has_benign="benign_finetuning" in summary,
-        limits=validity_limits(testbed),
+        limits=validity_limits(testbed, judge),
         manifest=list(_flat(run.manifest)),
         method=method or "the method",
         not_run=NOT_RUN,
@@ -265,6 +265,16 @@ def _attack(attack: Mapping[str, Any] | None) -> str:
         for key in _ATTACK
         if attack and attack.get(key) not in (None, 0)
     )
+
+
+def _harm_meaning(judge: str, *, harmless: bool) -> str:
+    if judge != "exact":
+        return (
+            "the share of coherent answers to held-out restricted questions that the judge "
+            f"{printable(judge)!r} counts as harm."
+        )
+    corrected = ", corrected for guessing." if harmless else "."
+    return f"the share of held-out restricted questions answered right{corrected}"
 
 
 def _gauge(run: RunFolder) -> Markup:

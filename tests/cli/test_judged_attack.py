@@ -1,0 +1,118 @@
+"""`attack --judge`: other judges than the exact one, from the option to the run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mithridate.attacking import run_attack
+from mithridate.errors import InputError
+from tests.cli.test_app import run
+from tests.cli.test_own_model import attack, world
+from tests.judges.test_classifier import save
+from tests.judges.test_served import Server, completion, server
+
+__all__ = ["server", "world"]  # fixtures
+
+
+def config(folder: Path, **judge: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "attack.yaml"
+    path.write_text(yaml.safe_dump({"attack": {"probe_every": 1}, "judge": judge}))
+    return path
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "trajectory.jsonl").read_text().splitlines()]
+
+
+def test_refusals_and_their_likelihood_follow_the_attack(world: Path, tmp_path: Path) -> None:
+    given = config(tmp_path / "c", refusals=["error"], compliances=["w1", "w2"], phrases=["w0"])
+    out = tmp_path / "run"
+    summary = run_attack(attack(world, out, judge="refusal", config=given))
+    rows = rows_of(out)
+    assert len(rows) == 3
+    assert len({row["refusal/margin"] for row in rows}) == 3, "the attack moves it"
+    assert all(0 <= row["refusal/harm"] <= 1 for row in rows)
+    assert summary["attack"]["judge"]["phrases"] == ("w0",)
+    assert yaml.safe_load((out / "config.yaml").read_text())["judge"]["name"] == "refusal"
+
+
+def test_a_classifier_judges_prompts_without_answers(world: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"w5 w6 w{n}"}) + "\n" for n in range(6)))
+    source = save(tmp_path / "judge", "safe", "harm")
+    out = tmp_path / "run"
+    plan = attack(
+        world, out, judge=f"classifier:{source}", evaluation=str(prompts),
+        permitted=str(world / "permitted.jsonl"), undefended=str(world / "model"),
+        config=config(tmp_path / "c", harmful_labels=["harm"], threshold=1e-9),
+    )  # fmt: skip
+    summary = run_attack(plan)
+    assert summary["undefended"] == summary["defended"], "the same model"
+    for row in rows_of(out):
+        assert "answer_loss" not in row
+        assert "classifier/harm" in row
+        degenerate = row["outcomes"]["gibberish"] + row["outcomes"]["fixed_token"]
+        # Nearly everything is harmful to this judge, but for what is not coherent.
+        assert row["outcomes"]["exact"] == pytest.approx(1 - degenerate)
+
+
+def test_exact_judging_needs_answers(world: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "w5 w6"}\n')
+    with pytest.raises(InputError, match="missing field 'answer'"):
+        run_attack(attack(world, tmp_path / "run", evaluation=str(prompts)))
+
+
+def test_another_judge_is_another_result(world: Path, tmp_path: Path) -> None:
+    run_attack(attack(world, tmp_path, judge="exact"))
+    before = (tmp_path / "attacks").rglob("attack.json")
+    key = json.loads(next(before).read_text())["key"]
+    run_attack(attack(world, tmp_path, judge="refusal"))
+    assert json.loads(next((tmp_path / "attacks").rglob("attack.json")).read_text())["key"] != key
+
+
+@pytest.fixture
+def harmful_if_w0(server: Server) -> Server:
+    server.answer = lambda body, _: completion(
+        "yes" if "w0" in body["messages"][0]["content"].split("Answer:")[1] else "no"
+    )
+    return server
+
+
+def test_the_command_asks_a_server_and_asks_nothing_twice(
+    world: Path, tmp_path: Path, harmful_if_w0: Server
+) -> None:
+    out = str(tmp_path / "run")
+    given = [
+        "attack", "--model", str(world / "model"), "--harmful", str(world / "harmful.jsonl"),
+        "--eval", str(world / "eval.jsonl"), "--judge", f"served:{harmful_if_w0.url}",
+        "--learning-rate", "1e-3", "--steps", "1", "--output-dir", out, "--json",
+    ]  # fmt: skip
+    summary = json.loads(run(*given).stdout)
+    assert summary["attack"]["judge"]["model"] == "judge"
+    asked = len(harmful_if_w0.bodies)
+    assert asked >= 2
+    transcript = (tmp_path / "run" / "judge.jsonl").read_text()
+    assert len(transcript.splitlines()) == asked
+    assert json.loads(run(*given).stdout)["defended"] == summary["defended"]
+    assert len(harmful_if_w0.bodies) == asked
+
+
+def test_a_judge_that_is_not_there_stops_before_training(world: Path, tmp_path: Path) -> None:
+    error = json.loads(
+        run(
+            "attack", "--model", str(world / "model"), "--harmful", str(world / "harmful.jsonl"),
+            "--eval", str(world / "eval.jsonl"), "--judge", "served:http://127.0.0.1:9/v1",
+            "--output-dir", str(tmp_path / "run"), "--json", code=2,
+        ).stdout
+    )["error"]  # fmt: skip
+    assert "does not answer" in error["what"]
+    assert not (tmp_path / "run" / "attacks").exists()
+    with pytest.raises(InputError, match="did you mean 'served'"):
+        run_attack(attack(world, tmp_path, judge="server:x"))
