@@ -146,7 +146,7 @@ def test_one_pass_and_no_buffer():
     method, context, _ = prepared(
         tiny_llama(dtype=torch.float32, hidden=128), replace(QUICK, batch_size=2)
     )
-    context.space.zero_gradient()
+    context.space.gradient()
     with MemoryWatch() as watch:
         method.step(context)
     assert context.oracle.backwards == method.passes_per_step == 1

@@ -43,7 +43,7 @@ def test_eight_rows_equal_eight_micro_batches(space):
 def test_one_pass_and_no_buffer():
     context = tiny_context(tiny_llama(dtype=torch.float32, hidden=128))
     method = SFT(SFTConfig(batch_size=3))
-    context.space.zero_gradient()
+    context.space.gradient()
     with MemoryWatch() as watch:
         method.step(context)
     assert context.oracle.backwards == method.passes_per_step == 1

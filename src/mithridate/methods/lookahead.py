@@ -279,7 +279,7 @@ class LookAhead:
 
     @contextmanager
     def shifted(self, context: RunContext, terms: dict[str, float]) -> Iterator[Batch]:
-        """Run the body at the look-ahead, with ``.grad`` zero; restore the weights bit for bit.
+        """Run the body at the look-ahead, with ``.grad`` empty; restore the weights bit for bit.
 
         Yields
         ------
@@ -303,8 +303,9 @@ class LookAhead:
         elif self.direction == "adam":
             unit = self._adam.turn_(direction)
         with space.shifted((-length * unit, direction)):
-            # The weights have moved: the gradient's memory is free for what comes next.
-            space.zero_gradient()
+            # The weights have moved: the gradient makes room for the next pass's activations.
+            space.give_gradient(None)
+            del direction
             yield harmful
 
     def _unroll(self, context: RunContext, terms: dict[str, float]) -> Batch:

@@ -133,10 +133,6 @@ class WeightSpace:
                 p.grad = torch.zeros_like(p.data)
         return [p.grad for p in self.tensors if p.grad is not None]
 
-    def zero_gradient(self) -> None:
-        """Zero ``.grad`` in place, so that its memory is used again."""
-        torch._foreach_zero_(self.gradient())
-
     def add_(self, *terms: tuple[float, Gradient]) -> None:
         """Add the linear combination ``sum(coefficient * gradient)`` to the weights in place."""
         with torch.no_grad():
@@ -178,6 +174,7 @@ class WeightSpace:
         """
         with self.kept():
             self.add_(*terms)
+            del terms  # whoever gave them may want their memory back
             yield
 
 
