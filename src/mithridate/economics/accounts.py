@@ -177,7 +177,7 @@ def _account(
         values,
     )
     account["users"] = {"fine_tune": user_run}
-    chosen, within = np.full(values.count, float(_middle(runs))), np.ones(values.count)
+    chosen, within = np.full(values.count, float(_middle(runs))), np.full(values.count, 0.5)
     if values.count > 1 and runs:
         chosen = rng.integers(len(runs), size=values.count).astype(float)
         within = rng.random(values.count)

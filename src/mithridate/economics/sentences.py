@@ -126,6 +126,12 @@ def caveats(document: Mapping[str, Any]) -> list[str]:
             f"Steps measured on small models are priced at {document['parameters']:.3g} "
             "parameters: that they carry over is an assumption."
         )
+        costless = {run["method"] for run in document["runs"]} - set(document["alignment"])
+        if costless:
+            said.append(
+                f"What {', '.join(sorted(costless))} costs is not known, so there is no leverage: "
+                "measure it with `mithridate cost --json` and give --cost."
+            )
     if modelled:
         said.append(
             f"Modelled by passes and not timed: {', '.join(modelled)}. `mithridate cost --json` "
