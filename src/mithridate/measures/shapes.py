@@ -127,6 +127,7 @@ SHAPES = {
             rope_parameters=_rope(100_000.0),
             tie_word_embeddings=True,
         ),
+        batch_size=4,
     ),
     "qwen2.5-7b": Shape(
         source="config.json of Qwen/Qwen2.5-7B-Instruct",
