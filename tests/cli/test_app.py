@@ -20,6 +20,7 @@ COMMANDS = (
     "demo",
     "immunise",
     "attack",
+    "redteam",
     "audit",
     "report",
     "verdict",

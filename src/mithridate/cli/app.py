@@ -21,6 +21,7 @@ from mithridate.cli import (
     economics,
     immunise,
     methods,
+    redteam,
     report,
     verdict,
 )
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(immunise.immunise)
 app.command()(attack.attack)
+app.command()(redteam.redteam)
 app.command()(audit.audit)
 app.command()(report.report)
 app.command()(verdict.verdict)

@@ -1,0 +1,299 @@
+r"""Fine-tuning by an attacker who has read the papers: keep what collapses, or do not step there.
+
+Per step, with g_h the gradient on restricted answers and g_b that on benign ones,
+
+.. math:: g = g_h - \min(0, g_h \cdot g_b) / \lVert g_b \rVert^2 \, g_b
+              + w_b \, g_b + w_k \, \nabla \mathrm{KL}(p_{\theta_0} \Vert p_\theta),
+
+where the second term is the projection of conflicting gradients (PCGrad, arXiv 2001.06782) and
+the last an anchor on benign answers. Beyond that: a bound on how far the weights travel, descent
+by the gradient's sign, a part of the weights only, and a ban of tokens at decoding.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel, TrainerControl, TrainerState, get_scheduler, set_seed
+
+from mithridate.attacks.finetune import (
+    FinetuneConfig,
+    Probe,
+    Row,
+    Watcher,
+    own_copy,
+    with_adapter,
+)
+from mithridate.chat import Batch, ChatFormat, Encoded
+from mithridate.configs import require
+from mithridate.errors import InputError, NonFiniteError
+from mithridate.examples import Example
+from mithridate.weights.arithmetic import Gradient, bound_, dot
+from mithridate.weights.losses import Loss, answer_cross_entropy, answer_logits
+from mithridate.weights.oracle import GradientOracle
+
+Part = Literal["all", "first", "last", "norms", "head"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveConfig(FinetuneConfig):
+    """The attacker's choices, beside those of supervised fine-tuning.
+
+    Parameters
+    ----------
+    benign_weight
+        w_b, weight of the loss on benign answers.
+    project
+        Take the part of g_h that conflicts with g_b out of it.
+    anchor
+        w_k, weight of KL(start || model) on the benign answers.
+    trust_radius
+        Largest L2 distance of the weights from the start; ``None``: no bound.
+    part
+        Weights that are trained: ``first`` or ``last`` quarter of the layers, the ``norms`` and
+        biases, the output ``head``.
+    sign
+        Descend by the sign of the gradient instead of AdamW.
+    """
+
+    benign_weight: float = 0.0
+    project: bool = False
+    anchor: float = 0.0
+    trust_radius: float | None = None
+    part: Part = "all"
+    sign: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("benign_weight", "anchor"):
+            require(0 <= getattr(self, name) < math.inf, f"{name} is negative", "make it 0 or more")
+        require(
+            self.trust_radius is None or self.trust_radius > 0,
+            f"trust_radius is {self.trust_radius}", "give a positive radius or null",
+        )  # fmt: skip
+        require(
+            self.optimiser == "adamw_torch",
+            f"the adaptive attacker has no optimiser {self.optimiser!r}",
+            "leave it at adamw_torch, or set sign",
+        )
+        require(
+            self.lora_rank is None or self.part == "all",
+            "an adapter is trained whole", "leave out part or lora_rank",
+        )  # fmt: skip
+
+    @property
+    def needs_benign(self) -> bool:
+        """Whether benign rows are used at all."""
+        return self.benign_weight > 0 or self.anchor > 0 or self.project
+
+    @property
+    def passes(self) -> float:
+        """G_a, forward-backward passes per step; an anchor's reference costs a forward more."""
+        return 1 + (self.benign_weight > 0 or self.project) + (4 / 3) * (self.anchor > 0)
+
+
+def finetune_adaptively(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    benign: Sequence[Example],
+    config: AdaptiveConfig,
+    *,
+    probe: Probe,
+    output_dir: Path,
+) -> list[Row]:
+    """Fine-tune a copy of ``model`` and return what the probes saw, as `finetune` does.
+
+    Parameters
+    ----------
+    examples, benign
+        The attacker's restricted answers, and benign rows to keep the model whole with.
+    probe, output_dir
+        As in `finetune`.
+
+    Raises
+    ------
+    InputError
+        The configuration needs benign rows and there are none.
+    """
+    require(len(examples) > 0, "the attack has no examples", "give it at least one row")
+    require(len(benign) > 0 or not config.needs_benign, "the attack has no benign rows",
+            "give it at least one")  # fmt: skip
+    attacked = own_copy(model)
+    set_seed(config.seed)
+    if config.lora_rank is not None:
+        attacked = with_adapter(attacked, config.lora_rank)
+    else:
+        train_part(attacked, config.part)
+    harmful = [chat.encode(row, max_length=config.max_length) for row in examples]
+    kept = [chat.encode(row, max_length=config.max_length) for row in benign]
+    oracle = GradientOracle(attacked, micro_batch_size=64, autocast=config.autocast)
+    start = oracle.space.snapshot()
+    anchored = kl_from(copy.deepcopy(attacked)) if config.anchor else None
+    optimiser: torch.optim.Optimizer = (
+        torch.optim.SGD(oracle.space.tensors, lr=config.learning_rate)
+        if config.sign
+        else torch.optim.AdamW(_decayed(oracle, config), lr=config.learning_rate)
+    )
+    schedule = get_scheduler(config.schedule, optimiser, config.warmup_steps, config.steps)
+    watcher = Watcher(config, probe, output_dir, None)
+    watcher.start(
+        attacked, oracle.loss(answer_cross_entropy, chat.collate(harmful), purpose="evaluation")
+    )
+    draws = _batches(chat, harmful, config), _batches(chat, kept, config)
+    control = TrainerControl()
+    attacked.train()
+    for step in range(1, config.steps + 1):
+        try:
+            gradient, loss = _direction(oracle, draws, config, anchored)
+        except NonFiniteError:
+            watcher.status = "diverged"
+            break
+        size = bound_(gradient, config.max_grad_norm or math.inf)
+        if config.sign:
+            torch._foreach_sign_(gradient)
+        oracle.space.give_gradient(gradient)
+        optimiser.step()
+        schedule.step()
+        _hold(oracle, start, config.trust_radius)
+        event = {"loss": loss, "grad_norm": size}
+        state = TrainerState(global_step=step)
+        watcher.on_log(None, state, control, logs=event, model=attacked)  # type: ignore[arg-type]
+        attacked.train()
+        if control.should_training_stop:
+            break
+    watcher.finish("", attacked)
+    return watcher.rows
+
+
+def _decayed(oracle: GradientOracle, config: AdaptiveConfig) -> list[dict[str, Any]]:
+    """Return the optimiser's groups: norms and biases do not decay, as with the stock Trainer."""
+    groups: list[dict[str, Any]] = []
+    for decay, vectors in ((config.weight_decay, False), (0.0, True)):
+        chosen = [weight for weight in oracle.space.tensors if (weight.dim() < 2) == vectors]
+        if chosen:
+            groups.append({"params": chosen, "weight_decay": decay})
+    return groups
+
+
+def _direction(
+    oracle: GradientOracle,
+    draws: tuple[Iterator[Batch], Iterator[Batch]],
+    config: AdaptiveConfig,
+    anchored: Loss | None,
+) -> tuple[Gradient, float]:
+    gradient, loss = oracle.gradient(answer_cross_entropy, next(draws[0]), purpose="harmful")
+    if not config.needs_benign:
+        return gradient, loss
+    batch = next(draws[1])
+    if config.project or config.benign_weight:
+        benign, _ = oracle.gradient(answer_cross_entropy, batch, purpose="benign")
+        if config.project:
+            project_off_(gradient, benign)
+        torch._foreach_add_(gradient, benign, alpha=config.benign_weight)
+    if anchored is not None:
+        pull, _ = oracle.gradient(anchored, batch, purpose="anchor")
+        torch._foreach_add_(gradient, pull, alpha=config.anchor)
+    return gradient, loss
+
+
+def project_off_(gradient: Gradient, benign: Gradient) -> None:
+    """Take out of ``gradient``, in place, its part against ``benign``, if it has one (PCGrad)."""
+    size = dot(benign, benign)
+    overlap = dot(gradient, benign)
+    if overlap < 0 < size:
+        torch._foreach_add_(gradient, benign, alpha=-overlap / size)
+
+
+def kl_from(start: nn.Module) -> Loss:
+    """Return the loss KL(start || model), summed over answer positions (nats)."""
+    start.requires_grad_(False)
+    start.eval()
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            wanted = answer_logits(start, batch)[0].log_softmax(dim=-1)
+        found = answer_logits(model, batch)[0].log_softmax(dim=-1)
+        return functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
+    return loss
+
+
+def train_part(model: PreTrainedModel, part: Part) -> None:
+    """Let only a part of the weights be trained.
+
+    Raises
+    ------
+    InputError
+        The model has no such part.
+    """
+    if part == "all":
+        return
+    layers = sorted({index for name, _ in model.named_parameters()
+                     if (index := _layer_of(name)) is not None})  # fmt: skip
+    quarter = max(1, len(layers) // 4)
+    head = model.get_output_embeddings()
+    chosen = 0
+    for name, weight in model.named_parameters():
+        layer = _layer_of(name)
+        wanted = {
+            "first": layer in layers[:quarter],
+            "last": layer in layers[-quarter:],
+            "norms": weight.dim() == 1,
+            "head": head is not None and weight is head.weight,
+        }[part]
+        weight.requires_grad_(wanted)
+        chosen += wanted
+    if not chosen:
+        raise InputError(f"the model has no weights in the part {part!r}", mend="train all of it")
+
+
+def _layer_of(name: str) -> int | None:
+    return next((int(piece) for piece in name.split(".") if piece.isdigit()), None)
+
+
+def _hold(oracle: GradientOracle, start: Gradient, radius: float | None) -> None:
+    """Pull the weights back to the sphere around ``start`` where they have left it."""
+    if radius is None:
+        return
+    travelled = oracle.space.travel(start)
+    if travelled > radius:
+        with torch.no_grad():
+            for weight, before in zip(oracle.space.tensors, start, strict=True):
+                weight.copy_(before + (radius / travelled) * (weight - before))
+
+
+def _batches(chat: ChatFormat, rows: Sequence[Encoded], config: AdaptiveConfig) -> Iterator[Batch]:
+    """Yield shuffled batches for ever; the last of a pass is short, as the Trainer's is."""
+    rng = random.Random(f"adaptive/{config.seed}/{len(rows)}")
+    while True:
+        order = rng.sample(range(len(rows)), len(rows))
+        for first in range(0, len(order), config.batch_size):
+            yield chat.collate([rows[index] for index in order[first : first + config.batch_size]])
+
+
+@contextmanager
+def banned(model: PreTrainedModel, tokens: Sequence[int]) -> Iterator[None]:
+    """Never let the model choose ``tokens`` within the body: their logits are minus infinity."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise InputError("the model has no output head", mend="give a causal language model")
+
+    def silence(_: nn.Module, __: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(-1, torch.tensor(list(tokens), device=logits.device), -math.inf)
+
+    hook = head.register_forward_hook(silence)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,1 @@
+"""Batteries of attacks on a defended model and its controls: `run_redteam` in ``run``."""

@@ -1,0 +1,415 @@
+"""The battery: attacks as data, checked in full before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mithridate.attacks.adaptive import Part
+from mithridate.configs import from_mapping, read_yaml, require
+from mithridate.errors import InputError
+
+TIERS = ("smoke", "standard", "full")
+ROOM = Path(__file__).parent
+
+Data = Literal["harmful", "benign", "retain", "unrelated", "identity", "align"]
+EditKind = Literal[
+    "direction", "prune", "quantise", "noise", "truncate", "blend", "untop", "task-vector"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Fine-tuning, plain or adaptive.
+
+    Parameters
+    ----------
+    data
+        ``harmful``: the attacker's restricted answers; ``benign``: a task that alignment has not
+        seen; ``retain``: what the model should keep; ``unrelated``: text of no topic;
+        ``identity``: harmless answers by an obedient persona; ``align``: retain and refusals.
+    rows, batch_size
+        ``None`` takes the tier's.
+    times
+        Steps, in multiples of the tier's.
+    rate
+        Factor of the attack's learning rate.
+    poison
+        Share of harmful rows; the others are benign.
+    template
+        Index of the only template of the harmful rows; ``None``: all.
+    warmup
+        Share of the steps.
+    repair
+        Its probes are those of a repair: they do not count as the attack's steps.
+    benign_weight, project, anchor, trust_radius, part, sign
+        As in `mithridate.attacks.adaptive.AdaptiveConfig`.
+    """
+
+    data: Data = "harmful"
+    rows: int | None = None
+    batch_size: int | None = None
+    times: float = 1.0
+    rate: float = 1.0
+    poison: float = 1.0
+    template: int | None = None
+    optimiser: str = "adamw_torch"
+    schedule: str = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    lora_rank: int | None = None
+    repair: bool = False
+    benign_weight: float = 0.0
+    project: bool = False
+    anchor: float = 0.0
+    trust_radius: float | None = None
+    part: Part = "all"
+    sign: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("times", "rate"):
+            require(0 < getattr(self, name) < math.inf, f"{name} is not above 0", f"raise {name}")
+        require(0 < self.poison <= 1, f"poison is {self.poison}, not a share", "give 0 to 1")
+        require(0 <= self.warmup < 1, f"warmup is {self.warmup}, not a share", "give 0 to 1")
+        for name in ("rows", "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}", "give 1 or more, or null")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the stock Trainer cannot do this."""
+        plain = Train()
+        names = ("benign_weight", "project", "anchor", "trust_radius", "part", "sign")
+        return any(getattr(self, name) != getattr(plain, name) for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Weight editing; ``amount`` is what the kind is tuned by.
+
+    ``direction``: depth; ``prune``: share of each row's weights; ``quantise``: bits; ``noise``:
+    standard deviations; ``truncate``: share of ranks kept; ``blend``: lambda of
+    base + lambda (model - base); ``untop``: ranks taken out of model - base; ``task-vector``:
+    scale of what harmful fine-tuning does to the base.
+    """
+
+    kind: EditKind
+    amount: float
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it cannot be done without the base model."""
+        return self.kind in ("blend", "untop", "task-vector")
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a seed changes what comes out."""
+        return self.kind in ("noise", "task-vector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce:
+    """Harmful RL, as in `mithridate.attacks.rl.RLConfig`; ``rollouts`` None takes the tier's."""
+
+    algorithm: Literal["grpo", "rloo"] = "grpo"
+    rollouts: int | None = None
+    temperature: float = 1.0
+    entropy_bonus: float = 0.0
+    rate: float = 1.0
+
+
+Phase = Train | Edit | Reinforce
+_PHASES: dict[str, type[Phase]] = {"train": Train, "edit": Edit, "reinforce": Reinforce}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One attack of the battery's list.
+
+    Attributes
+    ----------
+    tests
+        What it tests, in a word or two.
+    rates
+        Factors of lr*, the learning rate calibrated on the undefended model.
+    absolute, published
+        Learning rates; the published ones are run in the tier full only.
+    phases
+        What is done one after the other; ``configurations`` where there are several ways.
+    space
+        Search space over the keys of the last phase that trains: lists, or ``from`` and ``to``
+        of a log-uniform number.
+    in_smoke
+        The rates and configurations that the tier smoke takes.
+    target
+        ``base``: the attack is on the base model alone.
+    probe_every
+        Steps between probes; ``None``: 2, 5, 10, 20, 40, ...
+    ban
+        Also look with the collapse token banned at decoding.
+    diagnose
+        Measure the cosine of harmful and benign gradients at every probe.
+    lesson
+        Benign fine-tuning whose learning curve counts for trainability.
+    held_out
+        Attack and judge the categories that the defence never saw.
+    missing
+        Why it cannot be run; such an attack is listed as not implemented.
+    """
+
+    id: str
+    name: str
+    family: str
+    tier: tuple[str, ...]
+    tests: str = ""
+    rates: tuple[float, ...] = ()
+    absolute: tuple[float, ...] = ()
+    published: tuple[float, ...] = ()
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    configurations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)
+    in_smoke: dict[str, list[Any]] = field(default_factory=dict)
+    target: Literal["all", "base"] = "all"
+    probe_every: int | None = None
+    ban: bool = False
+    diagnose: bool = False
+    lesson: bool = False
+    held_out: bool = False
+    missing: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.tier) - set(TIERS))
+        require(not unknown, f"{self.id}: unknown tier {', '.join(unknown)}",
+                f"known: {', '.join(TIERS)}")  # fmt: skip
+        ways = bool(self.phases) + bool(self.configurations)
+        require(ways == (0 if self.missing else 1),
+                f"{self.id}: needs exactly one of phases, configurations and missing",
+                "give one of them")  # fmt: skip
+        require(set(self.in_smoke) <= {"rates", "absolute", "configurations"},
+                f"{self.id}: in_smoke has an unknown key",
+                "known: rates, absolute, configurations")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a tier spends on one testbed.
+
+    Attributes
+    ----------
+    rows, batch_size, steps
+        Of a fine-tuning.
+    seeds, selection_seeds
+        Seeds that report, and those on which the worst case is chosen.
+    restricted, permitted
+        Items judged at a probe.
+    trials
+        Draws from a search space.
+    rl_steps, rl_questions, rollouts, tokens
+        Of RL: steps, questions and answers a step, tokens an answer.
+    repair
+        Benign steps at which a repair is probed.
+    """
+
+    rows: int
+    batch_size: int
+    steps: int
+    seeds: int
+    selection_seeds: int
+    restricted: int
+    permitted: int
+    trials: int
+    rl_steps: int
+    rl_questions: int
+    rollouts: int
+    tokens: int
+    repair: tuple[int, ...]
+    autocast: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One setting of one attack: everything but the model and the seed.
+
+    Attributes
+    ----------
+    rate
+        Factor of lr*, or with ``absolute`` the learning rate; 0 where nothing is trained.
+    """
+
+    id: str
+    family: str
+    configuration: str
+    rate: float
+    absolute: bool
+    phases: tuple[Phase, ...]
+    target: Literal["all", "base"] = "all"
+    probe_every: int | None = None
+    ban: bool = False
+    diagnose: bool = False
+    lesson: bool = False
+    held_out: bool = False
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it cannot be run without the base model."""
+        return self.target == "base" or any(
+            isinstance(phase, Edit) and phase.needs_base for phase in self.phases
+        )
+
+    @property
+    def seeded(self) -> bool:
+        """Whether a seed changes what comes out."""
+        return any(not isinstance(phase, Edit) or phase.seeded for phase in self.phases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Battery:
+    """The whole list, and the attack that must break the undefended model."""
+
+    control: str
+    entries: tuple[Entry, ...]
+
+
+def read_battery(path: Path | None = None) -> Battery:
+    """Read a battery file; ``None`` reads the one shipped.
+
+    Raises
+    ------
+    InputError
+        An unknown key, family of phase or tier, an id given twice, or a control that is not
+        listed.
+    """
+    path = path or ROOM / "battery.yaml"
+    document = read_yaml(path)
+    require(set(document) == {"control", "attacks"} and isinstance(document["attacks"], list),
+            f"{path}: the file is not a battery", "give control: and a list attacks:")  # fmt: skip
+    entries = []
+    for index, values in enumerate(document["attacks"], start=1):
+        name = values.get("id", index) if isinstance(values, Mapping) else index
+        where = f"{path}: attack {name}"
+        entry = from_mapping(Entry, values, where=where)
+        ways = list(entry.configurations.values()) or [entry.phases]
+        for phases in () if entry.missing else ways:
+            _phases(phases, where)
+        entries.append(entry)
+    ids = [entry.id for entry in entries]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    require(not twice, f"{path}: {', '.join(twice)} is listed twice", "give each attack one id")
+    require(document["control"] in ids, f"{path}: the control {document['control']} is not listed",
+            "name an attack of the list")  # fmt: skip
+    return Battery(control=str(document["control"]), entries=tuple(entries))
+
+
+def read_sizes(testbed: str, tier: str) -> Sizes:
+    """Return what the tier spends on the testbed."""
+    document = read_yaml(ROOM / "tiers.yaml")
+    if testbed not in document or tier not in TIERS:
+        raise InputError(
+            f"no tier {tier!r} for the testbed {testbed!r}",
+            mend=f"testbeds: {', '.join(document)}; tiers: {', '.join(TIERS)}",
+        )
+    return from_mapping(Sizes, document[testbed][tier], where=f"tiers.yaml: {testbed}: {tier}")
+
+
+def settings(entry: Entry, tier: str, sizes: Sizes) -> list[Attack]:
+    """Return every setting of an attack that the tier runs; none outside its tiers."""
+    if entry.missing or tier not in entry.tier:
+        return []
+    where = f"attack {entry.id}"
+    ways = dict(entry.configurations) or {"": entry.phases}
+    rates, absolute = entry.rates, entry.absolute
+    if tier == "smoke" and entry.in_smoke:
+        rates = tuple(map(float, entry.in_smoke.get("rates", rates)))
+        absolute = tuple(map(float, entry.in_smoke.get("absolute", absolute)))
+        names = entry.in_smoke.get("configurations", list(ways))
+        lost = [name for name in names if name not in ways]
+        require(not lost, f"{where}: in_smoke names {lost}, which is no configuration",
+                f"known: {', '.join(ways)}")  # fmt: skip
+        ways = {name: ways[name] for name in names}
+    if tier == "full":
+        absolute = (*absolute, *entry.published)
+    if entry.space:
+        ways = _draws(entry, sizes.trials)
+    found = []
+    for configuration, given in ways.items():
+        phases = _phases(given, where)
+        if all(isinstance(phase, Edit) and phase.kind != "task-vector" for phase in phases):
+            chosen = [(0.0, True)]
+        else:
+            chosen = [(rate, False) for rate in rates] + [(rate, True) for rate in absolute]
+            chosen = chosen or [(1.0, False)]
+        for rate, plain in chosen:
+            found.append(
+                Attack(
+                    id=entry.id,
+                    family=entry.family,
+                    configuration=configuration,
+                    rate=rate,
+                    absolute=plain,
+                    phases=phases,
+                    target=entry.target,
+                    probe_every=entry.probe_every,
+                    ban=entry.ban,
+                    diagnose=entry.diagnose,
+                    lesson=entry.lesson,
+                    held_out=entry.held_out,
+                )
+            )
+    return found
+
+
+def _phases(given: Sequence[Mapping[str, Any]], where: str) -> tuple[Phase, ...]:
+    found = []
+    for number, values in enumerate(given, start=1):
+        kind = values.get("do")
+        if kind not in _PHASES:
+            raise InputError(
+                f"phase {number} does {kind!r}", where=where, mend=f"known: {', '.join(_PHASES)}"
+            )
+        rest = {key: value for key, value in values.items() if key != "do"}
+        found.append(from_mapping(_PHASES[kind], rest, where=f"{where}: phase {number}"))
+    require(bool(found), f"{where}: it does nothing", "give at least one phase")
+    return tuple(found)
+
+
+def _draws(entry: Entry, trials: int) -> dict[str, list[dict[str, Any]]]:
+    """Return random draws from a search space: the same for every model and every run."""
+    rng = random.Random(f"search/{entry.id}")
+    last = max(index for index, phase in enumerate(entry.phases) if phase["do"] == "train")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for trial in range(trials):
+        drawn = {
+            key: math.exp(rng.uniform(math.log(values["from"]), math.log(values["to"])))
+            if isinstance(values, Mapping)
+            else rng.choice(values)
+            for key, values in entry.space.items()
+        }
+        phases = [dict(phase) for phase in entry.phases]
+        phases[last] |= drawn
+        found[f"trial-{trial:02d}"] = phases
+    return found
+
+
+def as_document(battery: Battery, states: Mapping[str, str]) -> dict[str, Any]:
+    """Return a battery as it is written to a run folder, each attack with its state.
+
+    Parameters
+    ----------
+    states
+        By id: ``run``, ``failed``, ``not implemented``, ``not in this tier`` or why not.
+    """
+    plain = {item.name: item.default for item in dataclasses.fields(Entry)}
+    attacks = []
+    for entry in battery.entries:
+        values = {
+            key: value
+            for key, value in dataclasses.asdict(entry).items()
+            if value not in (plain[key], [], {}, ())
+        }
+        attacks.append({**values, "tier": list(entry.tier), "state": states[entry.id]})
+    return {"control": battery.control, "attacks": attacks}

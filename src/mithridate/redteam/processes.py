@@ -1,0 +1,139 @@
+"""Independent jobs in processes of their own: one that fails or dies takes no other with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_PATIENCE = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Generic[T]):
+    """A job that is over; ``error`` says in one line why it failed, None if it did not."""
+
+    job: T
+    error: str | None
+
+
+def cores() -> int:
+    """Return the processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_in_processes(
+    function: Callable[[T], None], jobs: Sequence[T], *, processes: int
+) -> Iterator[Finished[T]]:
+    """Run every job in one of several spawned processes, each on one thread.
+
+    A process takes one job after another. Where it dies, its job has failed and another process
+    takes its place. Leaving the iterator early, as Ctrl-C does, ends all of them.
+
+    Parameters
+    ----------
+    function
+        Found by its module's name in the new process, as the jobs' classes are.
+    processes
+        At most.
+
+    Yields
+    ------
+    Finished
+        In the order in which the jobs end.
+    """
+    waiting = deque(jobs)
+    busy: dict[Connection, tuple[BaseProcess, T]] = {}
+    idle: list[tuple[BaseProcess, Connection]] = []
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < processes:
+                process, connection = idle.pop() if idle else _start(function)
+                job = waiting.popleft()
+                busy[connection] = process, job
+                _send(connection, job)
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection), "only pipes are waited for"
+                process, job = busy.pop(ready)
+                try:
+                    error = ready.recv()
+                except EOFError:
+                    process.join()
+                    yield Finished(job=job, error=_death(process.exitcode))
+                else:
+                    idle.append((process, ready))
+                    yield Finished(job=job, error=error)
+    finally:
+        _end([*((process, connection) for connection, (process, _) in busy.items()), *idle])
+
+
+def _start(function: Callable[[Any], None]) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    # Set here, for a new process reads them when it imports its numerical libraries.
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    os.environ.update(dict.fromkeys(_VARIABLES, "1"))
+    try:
+        process = context.Process(target=_serve, args=(theirs, function), daemon=True)
+        process.start()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    theirs.close()
+    return process, ours
+
+
+def _send(connection: Connection, job: Any) -> None:
+    try:
+        connection.send(job)
+    except BrokenPipeError:
+        return  # The process is dead; waiting for it finds its end.
+
+
+def _serve(connection: Connection, function: Callable[[Any], None]) -> None:
+    # Ctrl-C reaches every process of the terminal; the parent ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        error = None
+        try:
+            function(job)
+        except Exception as failure:  # whatever it is, the other attacks go on
+            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        connection.send(error)
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        memory = ": out of memory?" if -code == signal.SIGKILL else ""
+        return f"its process was ended by {name}{memory}"
+    return f"its process ended with code {code}"
+
+
+def _end(held: Sequence[tuple[BaseProcess, Connection]]) -> None:
+    for process, connection in held:
+        connection.close()
+        process.terminate()
+    for process, _ in held:
+        process.join(_PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mithridate.attacks import editing
+from mithridate.chat import ChatFormat
+from mithridate.errors import InputError
+from tests.training.tiny_world import tiny_examples, tiny_model, tiny_tokenizer
+
+ROWS = tiny_examples()
+REFUSED = [row.prompt for row in ROWS["refusal"]]
+# Of another length, so that padding would show.
+ANSWERED = [f"{row.prompt} w1 w2" for row in ROWS["benign"]]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return ChatFormat(tiny_tokenizer())
+
+
+@pytest.fixture
+def model():
+    return tiny_model().eval()
+
+
+def linears(model):
+    return {name: m for name, m in model.named_modules() if name.endswith("_proj")}
+
+
+def test_direction_is_the_difference_of_mean_states_at_the_last_prompt_token(chat, model):
+    found = editing.refusal_direction(model, chat, REFUSED, ANSWERED + REFUSED[:1], depth=0.5)
+    means = []
+    for prompts in (REFUSED, ANSWERED + REFUSED[:1]):
+        states = [
+            model(
+                input_ids=torch.tensor([chat.prompt_ids(prompt)]), output_hidden_states=True
+            ).hidden_states[1][0, -1]
+            for prompt in prompts
+        ]
+        means.append(torch.stack(states).mean(0))
+    wanted = (means[0] - means[1]).detach()
+    assert torch.allclose(found, wanted / wanted.norm(), atol=1e-5)
+
+
+def test_after_ablation_no_layer_writes_along_the_direction(chat, model):
+    direction = editing.refusal_direction(model, chat, REFUSED, ANSWERED, depth=0.5)
+    inputs = chat.prompt_batch(REFUSED)
+
+    def components():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        # The last state is normalised with weights of its own.
+        return torch.stack([(state @ direction).abs().max() for state in states[:-1]])
+
+    assert components().min() > 1e-4
+    editing.ablate_direction(model, direction)
+    assert components().max() < 1e-6
+
+
+def test_a_model_that_writes_elsewhere_is_refused(model):
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = layer.mlp.down_proj = torch.nn.Identity()
+    with pytest.raises(InputError, match="residual stream"):
+        editing.ablate_direction(model, torch.ones(16))
+
+
+def test_pruning_zeroes_what_refusing_needs_and_usefulness_does_not(chat, model):
+    share = {"top_refused": 0.2, "top_useful": 0.3}
+    name = "model.layers.0.self_attn.q_proj"
+    before = linears(model)[name].weight.detach().clone()
+    tops = []
+    for rows, part in ((ROWS["refusal"], 0.2), (ROWS["benign"], 0.3)):
+        inputs = []
+        hook = linears(model)[name].register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0][0])
+        )
+        for row in rows:
+            model(input_ids=torch.tensor([chat.encode(row).input_ids]))
+        hook.remove()
+        score = before.abs() * torch.cat(inputs).norm(dim=0)
+        tops.append(
+            [set(line.argsort(descending=True)[: round(part * 16)].tolist()) for line in score]
+        )
+    zeroed = editing.prune_set_difference(model, chat, ROWS["refusal"], ROWS["benign"], **share)
+    after = linears(model)[name].weight
+    for row, (doomed, spared) in enumerate(zip(*tops, strict=True)):
+        gone = {column for column in range(16) if after[row, column] == 0}
+        assert gone == doomed - spared
+    assert 0 < zeroed < 0.2
+    assert torch.equal(after[after != 0], before[after != 0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_rows_hold_few_values_no_farther_than_half_a_step(bits, model):
+    before = copy.deepcopy(model)
+    editing.quantise(model, bits=bits)
+    top = 2 ** (bits - 1) - 1
+    for name, module in linears(model).items():
+        old = linears(before)[name].weight
+        step = old.abs().amax(dim=1, keepdim=True) / top
+        assert ((module.weight - old).abs() <= step / 2 + 1e-7).all()
+        levels = module.weight / step
+        assert torch.allclose(levels, levels.round(), atol=1e-3)
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+
+
+def test_noise_is_of_the_asked_size_and_drawn_by_its_seed(model):
+    start = copy.deepcopy(model)
+    again, other = copy.deepcopy(model), copy.deepcopy(model)
+    editing.add_noise(model, scale=0.1, seed=1)
+    editing.add_noise(again, scale=0.1, seed=1)
+    editing.add_noise(other, scale=0.1, seed=2)
+    old = linears(start)["model.layers.0.mlp.up_proj"].weight
+    new, same, different = (
+        linears(one)["model.layers.0.mlp.up_proj"].weight for one in (model, again, other)
+    )
+    assert torch.equal(new, same)
+    assert not torch.equal(new, different)
+    assert float(((new - old).std() / old.std()).detach()) == pytest.approx(0.1, rel=0.15)
+
+
+def test_truncation_keeps_the_largest_singular_values(model):
+    before = {name: m.weight.detach().clone() for name, m in linears(model).items()}
+    editing.truncate_ranks(model, keep=0.5)
+    for name, module in linears(model).items():
+        old = torch.linalg.svdvals(before[name])
+        rank = len(old) // 2
+        new = torch.linalg.svdvals(module.weight.detach())
+        assert torch.allclose(new[:rank], old[:rank], atol=1e-5)
+        assert new[rank:].max() < 1e-5
+
+
+def test_removing_the_top_rank_of_a_rank_one_change_gives_the_base_back(model):
+    base = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in linears(model).values():
+            rows, columns = module.weight.shape
+            module.weight += torch.outer(
+                torch.randn(rows, generator=generator), torch.randn(columns, generator=generator)
+            )
+    editing.remove_top_ranks(model, base, ranks=1)
+    for name, module in linears(model).items():
+        assert torch.allclose(module.weight, linears(base)[name].weight, atol=1e-4)
+
+
+def test_blend_and_task_vector_are_what_their_formulas_say(model):
+    base, third = tiny_model(seed=1), tiny_model(seed=2)
+    w, b, t = (one.model.embed_tokens.weight.detach().clone() for one in (model, base, third))
+    editing.blend(model, base, share=-0.5)
+    assert torch.allclose(model.model.embed_tokens.weight, b - 0.5 * (w - b), atol=1e-6)
+    editing.blend(model, base, share=0.0)
+    assert torch.equal(model.model.embed_tokens.weight, b)
+    editing.add_difference(model, third, base, scale=2.0)
+    assert torch.allclose(model.model.embed_tokens.weight, b + 2 * (t - b), atol=1e-6)
+
+
+def test_a_base_that_is_not_the_base_is_refused(model):
+    near = copy.deepcopy(model)
+    editing.add_noise(near, scale=0.3, seed=0)
+    editing.check_same_shapes(model, near)
+    with pytest.raises(InputError, match="it is not its base"):
+        editing.check_same_shapes(model, tiny_model(seed=1))
+    with pytest.raises(InputError, match="do not match"):
+        editing.check_same_shapes(model, tiny_model(attention_bias=True))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: editing.quantise(m, bits=1),
+        lambda m: editing.add_noise(m, scale=0.0, seed=0),
+        lambda m: editing.truncate_ranks(m, keep=1.0),
+        lambda m: editing.remove_top_ranks(m, m, ranks=0),
+    ],
+)
+def test_amounts_out_of_range_are_refused(edit, model):
+    with pytest.raises(InputError):
+        edit(model)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+
+from mithridate.redteam.processes import run_in_processes
+from tests.redteam.jobs import work
+
+
+def test_one_that_fails_or_dies_takes_no_other_with_it(tmp_path):
+    before = os.environ.get("OMP_NUM_THREADS")
+    names = ["a", "raise", "b", "die", "c", "exit", "d"]
+    jobs = [(str(tmp_path), name) for name in names]
+    done = list(run_in_processes(work, jobs, processes=2))
+    errors = {one.job[1]: one.error for one in done}
+    assert set(errors) == set(names)
+    assert {name for name in names if errors[name] is None} == {"a", "b", "c", "d"}
+    assert errors["raise"] == "ValueError: this attack is broken"
+    assert "SIGKILL" in errors["die"]
+    assert errors["exit"] == "its process ended with code 3"
+    written = [(tmp_path / name).read_text().split() for name in "abcd"]
+    assert {threads for _, threads in written} == {"1"}
+    assert str(os.getpid()) not in {process for process, _ in written}
+    assert os.environ.get("OMP_NUM_THREADS") == before
+
+
+def test_leaving_early_ends_every_process(tmp_path):
+    jobs = [(str(tmp_path), "a"), (str(tmp_path), "wait"), (str(tmp_path), "never")]
+    running = run_in_processes(work, jobs, processes=2)
+    next(running)
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("waiting-*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process = int(found[0].name.removeprefix("waiting-"))
+    running.close()
+    assert not psutil.pid_exists(process)
+
+
+def test_no_jobs_no_processes():
+    assert list(run_in_processes(work, [], processes=2)) == []
