@@ -157,7 +157,9 @@ def test_stopped_runs_have_their_own_codes(
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     code = (
-        "import sys, time, mithridate.reports as reports\n"
+        "import signal, sys, time, mithridate.reports as reports\n"
+        # Processes of a shell's background jobs inherit an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def slow(*_, **__):\n"
         "    print('ready', file=sys.stderr, flush=True)\n"
         "    time.sleep(60)\n"

@@ -12,6 +12,7 @@ from typing import IO, Any
 import typer
 
 from mithridate import __version__
+from mithridate.allocation import keep_freed_memory
 from mithridate.cli import (
     attack,
     audit,
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = show_warning
     # Ours is the only progress shown; two displays on one terminal garble each other.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    keep_freed_memory()
     with quiet_stdout() if as_json else nullcontext() as stream:
         code = _run(given, stream)
     sys.exit(code)
