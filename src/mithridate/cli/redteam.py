@@ -39,6 +39,10 @@ def redteam(
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Seeds that report.  [default: the tier's]")
     ] = None,
+    search_budget: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draws of each random search.  [default: the tier's]"),
+    ] = None,
     held_out: Annotated[
         list[str] | None,
         typer.Option(help="A category that the defence never saw; once for each."),
@@ -70,6 +74,7 @@ def redteam(
         base=base,
         control=control,
         seeds=seeds,
+        search_budget=search_budget,
         held_out=tuple(held_out or ()),
         battery=battery,
     )

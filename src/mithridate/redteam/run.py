@@ -79,6 +79,8 @@ class RedteamConfig:
         The aligned model, trained on as long as the defence by plain fine-tuning; optional.
     seeds
         That report; ``None``: the tier's.
+    search_budget
+        Draws from each search space; ``None``: the tier's.
     held_out
         Categories that the defence never saw, for X12.
     battery
@@ -93,12 +95,15 @@ class RedteamConfig:
     base: str | None = None
     control: str | None = None
     seeds: int | None = None
+    search_budget: int | None = None
     held_out: tuple[str, ...] = ()
     battery: Path | None = None
 
     def __post_init__(self) -> None:
         require(self.tier in TIERS, f"unknown tier {self.tier!r}", f"known: {', '.join(TIERS)}")
-        require(self.seeds is None or self.seeds >= 1, f"seeds is {self.seeds}", "give 1 or more")
+        for name in ("seeds", "search_budget"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}", "give 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +175,9 @@ def run_redteam(
     started = time.perf_counter()
     testbed = testbed or load_testbed(config.testbed)
     sizes = sizes or read_sizes(config.testbed, config.tier)
-    if config.seeds is not None:
-        sizes = dataclasses.replace(sizes, seeds=config.seeds)
+    sizes = dataclasses.replace(
+        sizes, seeds=config.seeds or sizes.seeds, trials=config.search_budget or sizes.trials
+    )
     battery = read_battery(config.battery)
     _check_data(testbed, config)
     on_event(Event(stage="opening the models"))
@@ -189,6 +195,7 @@ def run_redteam(
         "tier": config.tier,
         "seeds": sizes.seeds,
         "selection_seeds": sizes.selection_seeds,
+        "search_trials": sizes.trials,
         "calibrated_learning_rate": rate,
         "base_useful_harm": base_harm,
         "attacks": folder.table(),
