@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -27,3 +28,12 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(
         mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_TRIM_THRESHOLD, _NEVER)
     )
+
+
+def give_back_memory() -> None:
+    """Return to the system what `keep_freed_memory` kept, between two stages of a long run."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mithridate
 from mithridate import models
+from mithridate.allocation import give_back_memory
 from mithridate.attacks.finetune import FinetuneConfig, finetune, read_record
 from mithridate.chat import ChatFormat
 from mithridate.configs import from_mapping, require
@@ -174,7 +175,12 @@ def run_demo(
             Event(stage=stage, step=int(row["step"]), total=training.steps, metrics=row)
         ),
     )
-    seconds["planting"], clock = planted.seconds, time.perf_counter()
+    history, seconds["planting"] = planted.history, planted.seconds
+    # The method holds its simulated fine-tuners, many times the model's size.
+    del model, planted
+    method, _ = read_method(preset, config)
+    give_back_memory()
+    clock = time.perf_counter()
 
     bench = Bench(testbed, preset, config.seed, on_event)
     folders = {"undefended": aligned, "defended": config.output_dir / "planting" / "model"}
@@ -207,7 +213,7 @@ def run_demo(
         "attack": {**bench.description(rows), "diverged": bench.diverged},
         "seconds": seconds,
     }
-    _write_folder(config, preset, method, training, bench, folders, trajectory, planted.history,
+    _write_folder(config, preset, method, training, bench, folders, trajectory, history,
                   summary)  # fmt: skip
     if summary["undefended"]["after"]["useful_harm"] < _RECOVERS:
         raise GateError(
