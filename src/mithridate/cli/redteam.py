@@ -126,8 +126,7 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
             cells.append(Text(f"{found['useful_harm']:.2f}" if found else "-", style=style))
         best = one.get("defended") or one.get("base")
         assert best is not None, "an attack has rows of one of the two"
-        how = f"at {best['learning_rate']:.0e}, step {best['step']}" if best["step"] else ""
-        cells.append(Text(f"{best['configuration']} {how}".strip(), style="dim"))
+        cells.append(Text(_how(best), style="dim"))
         table.add_row(*cells)
     console.print(table)
     wall, cpu = summary["seconds"]["wall"], summary["seconds"]["attacks_cpu"]
@@ -140,3 +139,12 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
         )
     )
     console.print(Text(f"\nVerdict: mithridate verdict {folder}"))
+
+
+def _how(best: Mapping[str, Any]) -> str:
+    if not best["step"]:
+        return ""
+    parts = [best["configuration"]] if best["configuration"] else []
+    if best["learning_rate"]:
+        parts.append(f"{best['learning_rate']:.1e}, step {best['step']}")
+    return " ".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,12 @@ def run_in_processes(
                     idle.append((process, ready))
                     yield Finished(job=job, error=error)
     finally:
-        _end([*((process, connection) for connection, (process, _) in busy.items()), *idle])
+        # Those without a job leave by themselves when nobody can send them one any more.
+        for _, connection in idle:
+            connection.close()
+        for process, _ in busy.values():
+            process.terminate()
+        _end([*(process for process, _ in idle), *(process for process, _ in busy.values())])
 
 
 def _start(function: Callable[[Any], None]) -> tuple[BaseProcess, Connection]:
@@ -107,6 +113,8 @@ def _send(connection: Connection, job: Any) -> None:
 def _serve(connection: Connection, function: Callable[[Any], None]) -> None:
     # Ctrl-C reaches every process of the terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The libraries' own deprecations, which would garble the parent's display.
+    warnings.simplefilter("ignore", FutureWarning)
     while True:
         try:
             job = connection.recv()
@@ -128,11 +136,8 @@ def _death(code: int | None) -> str:
     return f"its process ended with code {code}"
 
 
-def _end(held: Sequence[tuple[BaseProcess, Connection]]) -> None:
-    for process, connection in held:
-        connection.close()
-        process.terminate()
-    for process, _ in held:
+def _end(held: Sequence[BaseProcess]) -> None:
+    for process in held:
         process.join(_PATIENCE)
         if process.is_alive():
             process.kill()
