@@ -7,6 +7,7 @@ in the cache of controls: killed and started again, a benchmark goes on where it
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import multiprocessing
 import os
@@ -186,19 +187,54 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def caption(command: str, *sentences: str) -> str:
     """Return how a table came about, and what its cells say."""
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(asked, capture_output=True, text=True, cwd=HERE, check=False)
-    machine = f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}"
+    made = provenance(command)
     return " ".join(
         [
-            f"`{command}`, {datetime.date.today()}, commit {found.stdout.strip() or 'unknown'}, "
-            f"{machine}.",
+            f"`{command}`, {made['date']}, commit {made['commit']}, {made['machine']}.",
             "Mean over seeds [95 % interval over seeds and questions; of passes and clock over "
             "seeds]. Useful harm is the attacker's best probed checkpoint whose utility is at "
             "least 80 % of that before the attack, chance-corrected.",
             *sentences,
         ]
     )
+
+
+def provenance(command: str) -> dict[str, str]:
+    """Return the command, date, commit and machine behind a table."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(asked, capture_output=True, text=True, cwd=HERE, check=False)
+    return {
+        "command": command,
+        "date": f"{datetime.date.today()}",
+        "commit": found.stdout.strip() or "unknown",
+        "machine": f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}",
+    }
+
+
+def store(
+    name: str,
+    command: str,
+    testbed: str,
+    seeds: Sequence[int],
+    labels: Mapping[str, str],
+    found: Found,
+) -> None:
+    """Write ``benchmarks/results/<name>-<testbed>.json``: all that the table was made of."""
+    document = provenance(command) | {
+        "testbed": testbed,
+        "seeds": list(seeds),
+        "rows": {
+            row: {"label": labels.get(row, row), "runs": runs} for row, runs in found.rows.items()
+        },
+        "failed": [
+            {"row": row, "seed": seed, "error": str(error)}
+            for (row, seed), error in found.failed.items()
+        ],
+    }
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    (folder / f"{name}-{testbed}.json").write_text(text, encoding="utf-8")
 
 
 def failures(found: Found) -> str:

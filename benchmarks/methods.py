@@ -1,4 +1,6 @@
-"""Every method of a testbed's preset under one protocol; writes docs/results-methods-<testbed>.md.
+"""Every method of a testbed's preset under one protocol.
+
+Writes docs/results-methods-<testbed>.md and benchmarks/results/methods-<testbed>.json.
 
     python benchmarks/methods.py --testbed lattice --seeds 0 1 2 3 4 --workers 2
 
@@ -156,11 +158,15 @@ def main() -> None:
     )  # fmt: skip
     attack = RL[testbed]
     sft = bed.attack_preset
+    command = (
+        f"python benchmarks/methods.py --testbed {testbed} --seeds {' '.join(map(str, seeds))}"
+    )
+    common.store("methods", command, testbed, seeds, LABELS, found)
     common.write(
         f"results-methods-{testbed}",
         f"Every method on {testbed.capitalize()}",
         common.caption(
-            f"python benchmarks/methods.py --testbed {testbed} --seeds {' '.join(map(str, seeds))}",
+            command,
             f"SFT: AdamW at {', '.join(f'{rate:g}' for rate in sft.learning_rates)}, {sft.steps} "
             f"steps of {sft.batch_size} rows. RL: GRPO at "
             f"{', '.join(f'{rate:g}' for rate in attack.learning_rates)}, {attack.config.steps} "

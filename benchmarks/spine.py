@@ -1,4 +1,6 @@
-"""Published recipes, cures and ablations under one attack; writes docs/results-<testbed>.md.
+"""Published recipes, cures and ablations under one attack.
+
+Writes docs/results-<testbed>.md and benchmarks/results/spine-<testbed>.json.
 
     python benchmarks/spine.py --testbed lattice --seeds 0 1 2 --workers 2
 
@@ -83,13 +85,15 @@ def main() -> None:
         measure, testbed, options.only or list(variants), seeds,
         root=options.output_dir / testbed, workers=options.workers,
     )  # fmt: skip
-    labels = {name: sections["label"] for name, sections in variants.items()}
+    labels = {UNDEFENDED: "undefended (aligned)"}
+    labels |= {name: sections["label"] for name, sections in variants.items()}
     command = f"python benchmarks/spine.py --testbed {testbed} --seeds {' '.join(map(str, seeds))}"
+    common.store("spine", command, testbed, seeds, labels, found)
     common.write(
         f"results-{testbed}",
         f"Results on {testbed.capitalize()}",
         common.caption(command),
-        table(found, {UNDEFENDED: "undefended (aligned)"} | labels),
+        table(found, labels),
         common.failures(found),
     )
 

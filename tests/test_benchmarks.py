@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,6 +120,21 @@ def test_a_row_of_the_methods_says_what_was_measured():
     assert (booster["passes"], booster["clock"]) == ("3.0 [3.0, 3.0]", "2.5 [2.5, 2.5]")
     assert booster["peak memory"] == "30 MiB (1.25 x)"
     assert {rows["lox"][name] for name in ("passes", "clock", "peak memory")} == {"-"}
+
+
+def test_the_results_behind_a_table_are_kept_with_how_they_came_about(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    rows = found(cure=[measured(0.5), measured(0.7)]).rows
+    broke = common.Found(rows=rows, failed={("tar", 1): GateError("it diverged")})
+    common.store("spine", "the command", "lattice", [0, 1], {"cure": "Cure"}, broke)
+    kept = json.loads((tmp_path / "results" / "spine-lattice.json").read_text())
+    assert kept["command"] == "the command"
+    assert (kept["seeds"], kept["testbed"]) == ([0, 1], "lattice")
+    assert kept["rows"]["cure"]["label"] == "Cure"
+    assert kept["rows"]["undefended"]["label"] == "undefended"
+    harms = [run["attacked"]["after"]["useful_harm"] for run in kept["rows"]["cure"]["runs"]]
+    assert harms == [0.5, 0.7]
+    assert kept["failed"] == [{"row": "tar", "seed": 1, "error": "it diverged"}]
 
 
 def test_one_seed_has_the_interval_of_its_questions_and_no_spread():
