@@ -161,6 +161,35 @@ def test_a_folder_with_another_run_is_refused_and_can_be_replaced(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "finished"
 
 
+def test_what_no_immunisation_wrote_is_not_destroyed(tmp_path):
+    own = tmp_path / "model"
+    tiny_model().save_pretrained(own)
+    before = (own / "model.safetensors").read_bytes()
+    for resume in (True, False):
+        with pytest.raises(InputError, match="holds a model that no immunisation"):
+            go(tmp_path, resume=resume)
+    assert (own / "model.safetensors").read_bytes() == before
+    (tmp_path / "manifest.json").write_text('{"models": {}}')
+    with pytest.raises(InputError, match=r"holds a manifest\.json"):
+        go(tmp_path)
+
+
+def test_a_folder_where_nothing_was_finished_takes_another_run(tmp_path):
+    with pytest.raises(NonFiniteError):
+        go(tmp_path, made=with_terms(lambda step: {"harmful": math.nan}))
+    go(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["status"] == "finished"
+
+
+def test_files_of_a_tracker_outlive_the_checkpoints(tmp_path):
+    log = tmp_path / "checkpoints" / "runs" / "events"
+    log.parent.mkdir(parents=True)
+    log.write_text("logged")
+    go(tmp_path, config=dataclasses.replace(CONFIG, save_every=2))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["runs"]
+    assert log.read_text() == "logged"
+
+
 def test_logging_and_saving_options_are_not_another_run(tmp_path):
     go(tmp_path)
     go(tmp_path, config=dataclasses.replace(CONFIG, log_every=2, save_every=2))
@@ -297,6 +326,9 @@ def test_lora_targets_that_do_not_exist_are_refused(tmp_path):
         {"weight_decay": -1.0},
         {"micro_batch_size": 0},
         {"lora_rank": 0},
+        {"lora_alpha": 0, "lora_rank": 2},
+        {"lora_alpha": 4},
+        {"lora_targets": ("q_proj",)},
         {"report_to": ("no-such-tracker",)},
     ],
 )

@@ -90,9 +90,14 @@ class TrainingConfig:
             f"warmup_steps {self.warmup_steps} leaves none of the {self.steps} steps",
             "lower warmup_steps or raise steps",
         )
-        for name in ("micro_batch_size", "lora_rank"):
+        for name in ("micro_batch_size", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1", "or null")
+        require(
+            self.lora_rank is not None or (self.lora_alpha is None and not self.lora_targets),
+            "lora_alpha and lora_targets say nothing without lora_rank",
+            "give lora_rank too, or leave them out to train all weights",
+        )
         missing = set(self.report_to) - set(get_available_reporting_integrations())
         require(
             not missing,

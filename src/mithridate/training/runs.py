@@ -56,19 +56,41 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.model = root / "model"
+        self.adapter = root / "adapter"
         self.checkpoints = root / "checkpoints"
         self.history_file = root / "history.jsonl"
         self._manifest_file = root / "manifest.json"
         self.manifest: dict[str, Any] = {}
 
+    def read_manifest(self) -> None:
+        """Read the manifest of an earlier session.
+
+        Raises
+        ------
+        InputError
+            The folder holds a model or a manifest that no immunisation wrote, which `clear` and
+            `begin` would destroy.
+        """
+        if self._manifest_file.exists():
+            try:
+                self.manifest = json.loads(self._manifest_file.read_text(encoding="utf-8"))
+            except ValueError:
+                self.manifest = {}
+            foreign = [] if "identity" in self.manifest else [self._manifest_file.name]
+        else:
+            foreign = [path.name for path in (self.model, self.adapter) if path.exists()]
+        if foreign:
+            raise InputError(
+                f"this folder holds a {' and a '.join(foreign)} that no immunisation has written",
+                where=str(self.root),
+                mend="choose another output folder",
+            )
+
     def check(self, identity: dict[str, Any]) -> None:
-        """Read the manifest of an earlier session; it must be of the same run."""
-        if not self._manifest_file.exists():
-            return
-        self.manifest = json.loads(self._manifest_file.read_text(encoding="utf-8"))
-        earlier = self.manifest["identity"]
+        """Refuse an earlier session that was another run's, where there is anything to lose."""
+        earlier = self.manifest.get("identity", identity)
         differing = [name for name in identity if earlier.get(name) != identity[name]]
-        if differing:
+        if differing and (self.model.exists() or newest_complete(self.checkpoints)):
             raise InputError(
                 f"this folder holds another run: {', '.join(differing)} differ",
                 where=str(self.root),
@@ -97,7 +119,7 @@ class RunFolder:
     def clear(self, keep: Path | None) -> None:
         """Remove what earlier sessions left, except the checkpoint ``keep``."""
         discard_all_but(self.checkpoints, keep)
-        for path in (self.model, self.root / "adapter"):
+        for path in (self.model, self.adapter):
             if path.exists():
                 shutil.rmtree(path)
 
@@ -126,7 +148,10 @@ class RunFolder:
             self._manifest_file,
             self.manifest | {"status": "finished", "ledger": counts} | results,
         )
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        discard_all_but(self.checkpoints, None)
+        # Trackers that write files (TensorBoard) write them there too.
+        if self.checkpoints.exists() and not any(self.checkpoints.iterdir()):
+            self.checkpoints.rmdir()
 
     def stopped(self, main: bool, error: RunStoppedError) -> RunStoppedError:
         """Record why the run stopped and return ``error``."""

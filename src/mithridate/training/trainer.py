@@ -273,6 +273,7 @@ def immunise(
     chat = ChatFormat(tokenizer, max_length=config.max_length)
     folder = RunFolder(output_dir)
     identity = _identity(model, chat, examples, method, config)
+    folder.read_manifest()
     if resume:
         folder.check(identity)
         if folder.finished():
@@ -343,7 +344,7 @@ def immunise(
         final, _ = merged(plain, tokenizer)
     else:
         if config.lora_rank is not None:
-            plain.save_pretrained(str(folder.root / "adapter"))
+            plain.save_pretrained(str(folder.adapter))
         release = save_release(plain, tokenizer, folder.model)
         final = release.model
         folder.finish(
