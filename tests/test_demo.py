@@ -85,7 +85,8 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setenv("MITHRIDATE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo.TESTBEDS, "load", lambda _: lambda: bed)
     preset = Preset(
-        default_method="sft", autocast=False, restricted_items=4, permitted_items=4,
+        parameters=10_000, default_method="sft", autocast=False, restricted_items=4,
+        permitted_items=4,
         benign_learning_rate=1e-2, benign_steps=4,
         methods={"sft": {"method": {"batch_size": 3}, "training": {"steps": 2}}},
     )  # fmt: skip
@@ -144,6 +145,13 @@ def test_a_method_without_steps_gets_the_base_model_and_no_cost(toy, tmp_path, m
     assert summary["cost"] is None
     assert json.loads((tmp_path / "run/planting/lox.json").read_text())["base"] == str(base)
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_too_little_room_is_said_before_the_aligned_model_is_made(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo.models, "available_memory", lambda: 2**20)
+    with pytest.raises(InputError, match="too little memory"):
+        run_demo(DemoConfig(testbed="toy", output_dir=tmp_path / "run"))
+    assert not toy.folder.exists()
 
 
 def test_a_control_that_does_not_recover_stops_the_run(toy, tmp_path, monkeypatch):

@@ -59,6 +59,13 @@ def test_missing_shard_is_named(folder: Path) -> None:
         models.check_model_folder(folder)
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"weight_map": 3}'])
+def test_torn_index_is_refused(folder: Path, content: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError, match="not an index"):
+        models.check_model_folder(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0{"])
 def test_torn_weights_are_refused(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").write_bytes(content)
@@ -87,6 +94,12 @@ def test_room_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(models, "free_space", lambda path: 2**20)
     with pytest.raises(InputError, match="too little disk"):
         models.check_room(needed, tmp_path / "not" / "yet")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="not a folder"):
+        models.check_room(models.Requirements(memory=0, disk=0), tmp_path / "file" / "run")
 
 
 def test_free_space_of_a_folder_to_be_made(tmp_path: Path) -> None:

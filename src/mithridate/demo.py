@@ -75,6 +75,8 @@ class Preset:
 
     Attributes
     ----------
+    parameters
+        Weights of the testbed's models: whether there is room is known before they are made.
     default_method
         The method that has held best within the demo's time.
     autocast
@@ -87,6 +89,7 @@ class Preset:
         For each method the sections ``method`` and ``training``.
     """
 
+    parameters: int
     default_method: str
     autocast: bool
     restricted_items: int
@@ -150,6 +153,11 @@ def run_demo(
     # Disjoint by prompt, or nothing below means anything.
     check_disjoint({**data.defence, "attack": rows, "restricted": data.restricted})
     check_disjoint({"attack": rows, "permitted": data.permitted})
+    needed = models.requirements(
+        preset.parameters, copies=4 + method.parameter_buffers, checkpoints=1
+    )
+    for place in (config.output_dir, cache_dir()):
+        models.check_room(needed, place)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -158,9 +166,6 @@ def run_demo(
     method = _with_base(method, testbed)
     seconds["aligning"], clock = time.perf_counter() - clock, time.perf_counter()
 
-    copies = 4 + method.parameter_buffers
-    needed = models.requirements(models.count_parameters(aligned), copies=copies, checkpoints=1)
-    models.check_room(needed, config.output_dir)
     stage = f"planting {method.name}"
     on_event(Event(stage=stage, total=training.steps))
     model, tokenizer = _load(aligned)
@@ -472,6 +477,10 @@ def _write_folder(
         place / "manifest.json",
         {
             "models": {target: weights_hash(_load(folders[target])[0]) for target in TARGETS},
+            "chat templates": {
+                target: ChatFormat(AutoTokenizer.from_pretrained(folders[target])).template_hash
+                for target in TARGETS
+            },
             "data": bench.testbed.data.hashes,
             "versions": {
                 "python": platform.python_version(),

@@ -85,7 +85,8 @@ def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> 
     examples = {name: rows for name, rows in examples.items() if name in method.streams}
     on_event(Event(stage="loading the model"))
     model, tokenizer = models.load(plan.model, revision=plan.revision)
-    _check_room(plan, method, training, model.num_parameters())
+    if not folder.is_dir():
+        _check_room(plan, method, training, model.num_parameters())
 
     stage = f"planting {method.name}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from dataclasses import dataclass
@@ -151,8 +152,16 @@ def check_room(needed: Requirements, output_dir: Path) -> None:
     Raises
     ------
     InputError
-        Naming what is needed and what is free.
+        Naming what is needed and what is free; or nothing can be written there at all.
     """
+    place = _existing(output_dir)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(
+            f"nothing can be written there: {place} is "
+            + ("not writable" if place.is_dir() else "not a folder"),
+            where=str(output_dir),
+            mend="choose another --output-dir",
+        )
     free_memory, free_disk = available_memory(), free_space(output_dir)
     if needed.memory > free_memory:
         raise InputError(
@@ -186,9 +195,13 @@ def available_memory() -> int:
 
 def free_space(path: Path) -> int:
     """Return the free bytes of the file system that ``path`` is or will be on."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 def _check_fit(
@@ -221,8 +234,13 @@ def _missing_shards(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return []
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(name for name in shards if not (folder / name).is_file())
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(name for name in shards if not (folder / name).is_file())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            "not an index of weights", where=str(index), mend="copy or download it again"
+        ) from None
 
 
 def _header(path: Path) -> dict[str, dict[str, list[int]]]:
