@@ -16,14 +16,15 @@ from typing import Any, Literal
 import torch
 import transformers
 import yaml
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 import mithridate
 from mithridate import models
-from mithridate.attacks.finetune import FinetuneConfig, finetune, read_record
+from mithridate.attacks.finetune import FinetuneConfig, arguments_for, finetune, read_record
 from mithridate.attacks.rl import RLConfig, exact_match, reinforce
 from mithridate.chat import ChatFormat
 from mithridate.configs import from_mapping, read_yaml, require
+from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
 from mithridate.examples import Example, check_disjoint, fingerprint, read_examples
 from mithridate.files import sha256_of, write_atomic, write_json
@@ -108,12 +109,14 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
         Anything that was given cannot be used; before any training.
     """
     base, judge = read_settings(plan)
+    _check_trainable(base, plan.output_dir)
+    _check_folder(plan.output_dir)
     targets = {"undefended": plan.undefended, "defended": plan.model}
     sources = {name: source for name, source in targets.items() if source is not None}
     for source in sources.values():
         if Path(source).is_dir():
             models.check_model_folder(Path(source))
-            _check_room(models.count_parameters(Path(source)), plan.output_dir)
+            _check_room(models.count_parameters(Path(source)), base, plan.output_dir)
     on_event(Event(stage="reading data"))
     items = _read_items(plan, judge)
     on_event(Event(stage=f"asking the judge {judge.name}"))
@@ -121,12 +124,14 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
     started = time.perf_counter()
     trajectory: list[dict[str, Any]] = []
     hashes: dict[str, str] = {}
+    templates: dict[str, str] = {}
     diverged = []
     for target, source in sources.items():
         model, tokenizer = models.load(source)
-        _check_room(model.num_parameters(), plan.output_dir)
+        if not Path(source).is_dir():
+            _check_room(model.num_parameters(), base, plan.output_dir)
         chat = ChatFormat(tokenizer)
-        hashes[target] = weights_hash(model)
+        hashes[target], templates[target] = weights_hash(model), chat.template_hash
         for rate in plan.learning_rates:
             folder = plan.output_dir / "attacks" / f"{target}-{rate:g}"
             rows = _attack_one(
@@ -154,7 +159,7 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
         },
         "seconds": {"attacking": time.perf_counter() - started},
     }
-    _write_folder(plan, base, judge, items, trajectory, summary, hashes)
+    _write_folder(plan, base, judge, items, trajectory, summary, hashes, templates)
     return summary
 
 
@@ -195,6 +200,33 @@ def read_settings(plan: AttackPlan) -> tuple[FinetuneConfig, Judge]:
         from_mapping(_CONFIGS[plan.kind], section, where=f"{where}: attack"),
         make_judge(plan.judge, judge, where=where),
     )
+
+
+def _check_trainable(config: FinetuneConfig, output_dir: Path) -> None:
+    """Refuse an optimiser or a schedule that the Trainer knows by name and cannot make here."""
+    trainer = Trainer(model=torch.nn.Linear(1, 1), args=arguments_for(config, output_dir, rows=1))
+    try:
+        trainer.create_optimizer_and_scheduler(config.steps)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"optimiser {config.optimiser!r} with schedule {config.schedule!r} cannot be made: "
+            f"{reason}",
+            where="attack",
+            mend="install what it needs, or choose another; adamw_torch, sgd and adafactor, "
+            "constant, linear and cosine need nothing more",
+        ) from None
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse the folder of an immunisation or a demo, whose manifest would be lost."""
+    found = [name for name in ("history.jsonl", "planting") if (folder / name).exists()]
+    if found:
+        raise InputError(
+            f"this folder holds another command's run ({found[0]})",
+            where=str(folder),
+            mend="choose another output folder",
+        )
 
 
 def _read_items(plan: AttackPlan, judge: Judge) -> _Items:
@@ -352,6 +384,7 @@ def _write_folder(
     trajectory: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
     hashes: Mapping[str, str],
+    templates: Mapping[str, str],
 ) -> None:
     folder = plan.output_dir
     attack = dataclasses.asdict(base)
@@ -369,6 +402,7 @@ def _write_folder(
         folder / "manifest.json",
         {
             "models": dict(hashes),
+            "chat templates": dict(templates),
             "data": {
                 "harmful": fingerprint(items.attack),
                 "eval": fingerprint(items.restricted),
@@ -418,6 +452,7 @@ def _write_private(path: Path, value: Any) -> None:
         json.dump(value, handle, ensure_ascii=False)
 
 
-def _check_room(parameters: int, output_dir: Path) -> None:
-    # The attacker works on a copy, beside which the model itself stays.
-    models.check_room(models.requirements(parameters, copies=5, checkpoints=0), output_dir)
+def _check_room(parameters: int, config: FinetuneConfig, output_dir: Path) -> None:
+    # The attacker works on a copy, beside which the model itself stays; an adapter is small.
+    copies = 5 if config.lora_rank is None else 2
+    models.check_room(models.requirements(parameters, copies=copies, checkpoints=0), output_dir)

@@ -167,6 +167,8 @@ def test_texts_stay_out_of_the_folder_unless_asked_for(world: Path, tmp_path: Pa
         ("attack: {learning_rate: 1}", "given on the command line"),
         ("attacks: {}", "something else"),
         ("attack: {optimiser: adamm}", "unknown optimiser"),
+        ("attack: {optimiser: galore_adamw}", "galore.*cannot be made"),
+        ("attack: {schedule: cosine_with_min_lr}", "cosine_with_min_lr.*cannot be made"),
     ],
 )
 def test_bad_attack_configuration_is_refused(
@@ -199,6 +201,15 @@ def test_the_three_commands_follow_each_other(world: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert {"undefended", "defended", "attack", "seed"} <= set(summary)
     assert json.loads(run("report", attacked, "--json").stdout)["bytes"] > 10_000
+
+
+@pytest.mark.filterwarnings("ignore:--general not given", "ignore:sft does not use")
+def test_an_attack_leaves_an_immunisation_s_folder_alone(world: Path, tmp_path: Path) -> None:
+    run_immunisation(immunisation(world, tmp_path))
+    before = (tmp_path / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match="another command's run"):
+        run_attack(attack(world, tmp_path))
+    assert (tmp_path / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
