@@ -22,7 +22,6 @@ from mithridate.examples import (
     STREAMS,
     Example,
     check_disjoint,
-    deduplicate,
     fingerprint,
     normalise_prompt,
     read_examples,
@@ -509,15 +508,6 @@ def test_seeds_give_different_splits() -> None:
 def test_bad_shares(parts: dict[str, float]) -> None:
     with pytest.raises(InputError, match="share"):
         split_by_prompt([Example(prompt="p")], parts, seed=0)
-
-
-def test_deduplicate_keeps_other_answers() -> None:
-    first, same, other = (
-        Example(prompt="P", answer="A", source="1"),
-        Example(prompt=" p", answer="a "),
-        Example(prompt="p", answer="b"),
-    )
-    assert deduplicate([first, same, other, first]) == [first, other]
 
 
 def test_disjoint_sets_pass() -> None:

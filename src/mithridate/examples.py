@@ -216,15 +216,6 @@ def connected(examples: Sequence[Example]) -> list[list[int]]:
     return list(groups.values())
 
 
-def deduplicate(examples: Iterable[Example]) -> list[Example]:
-    """Keep the first of the examples that share both prompt and answer, as normalised."""
-    first: dict[tuple[str, str], Example] = {}
-    for example in examples:
-        key = (normalise_prompt(example.prompt), normalise_prompt(example.answer))
-        first.setdefault(key, example)
-    return list(first.values())
-
-
 def evenly_by_category(categories: Sequence[str], rng: Random) -> list[int]:
     """Return an order of rows in which every category comes equally often.
 
