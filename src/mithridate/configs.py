@@ -5,18 +5,46 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 
 from mithridate.errors import InputError
 
 C = TypeVar("C")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limit:
+    """What a value must be beside its type, within `typing.Annotated`.
+
+    Attributes
+    ----------
+    told
+        For a reader, for example ``"above 0"``.
+    admits
+        Whether a value of the type is within.
+    """
+
+    told: str
+    admits: Callable[[Any], bool]
+
+
+Natural = Annotated[int, Limit("0 or more", lambda n: n >= 0)]
+Count = Annotated[int, Limit("1 or more", lambda n: n >= 1)]
+Weight = Annotated[float, Limit("0 or more", lambda x: 0 <= x < math.inf)]
+Positive = Annotated[float, Limit("above 0", lambda x: 0 < x < math.inf)]
+Share = Annotated[float, Limit("0 to 1", lambda x: 0 <= x <= 1)]
+Steps = Annotated[tuple[int, int], Limit("1 <= low <= high", lambda pair: 1 <= pair[0] <= pair[1])]
+Range = Annotated[
+    tuple[float, float], Limit("0 < low <= high", lambda pair: 0 < pair[0] <= pair[1] < math.inf)
+]
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,7 +67,7 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def from_mapping(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:
-    """Build the dataclass ``cls`` from ``values``; unknown keys and wrong types are errors.
+    """Build the dataclass ``cls`` from ``values``; unknown keys and wrong values are errors.
 
     Parameters
     ----------
@@ -58,7 +86,7 @@ def from_mapping(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:
     if not isinstance(values, Mapping):
         raise InputError(f"{values!r} is not a mapping", where=where, mend="use key: value lines")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     faults = []
     for key, value in values.items():
         if key not in fields:
@@ -66,7 +94,7 @@ def from_mapping(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             faults.append(f"unknown key {key!r}{hint}")
         elif not _fits(value, hints[key]):
-            faults.append(f"{key}: {value!r} is not {_describe(hints[key])}")
+            faults.append(f"{key}: {value!r} is not {describe(hints[key])}")
     missing = [
         name
         for name, field in fields.items()
@@ -76,12 +104,25 @@ def from_mapping(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:
     ]
     faults += [f"missing key {name!r}" for name in missing]
     if faults:
-        raise InputError("; ".join(faults), where=where, mend=f"known keys: {', '.join(fields)}")
+        named = missing or values.keys() - fields.keys()
+        mend = f"known keys: {', '.join(fields)}" if named else "correct what is named"
+        raise InputError("; ".join(faults), where=where, mend=mend)
     converted = {key: _convert(value, hints[key]) for key, value in values.items()}
     try:
         return cls(**converted)
     except InputError as error:
         raise InputError(error.what, where=where, mend=error.mend) from None
+
+
+def check_values(config: Any) -> None:
+    """Raise `InputError` naming every field of a dataclass that is not as its annotation says."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    faults = [
+        f"{field.name}: {value!r} is not {describe(hints[field.name])}"
+        for field in dataclasses.fields(config)
+        if not _fits(value := getattr(config, field.name), hints[field.name])
+    ]
+    require(not faults, "; ".join(faults), "correct what is named")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -123,7 +164,11 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 def _fits(value: Any, hint: Any) -> bool:
     for option in _alternatives(hint):
         origin, arguments = typing.get_origin(option), typing.get_args(option)
-        if option is Any:
+        if origin is Annotated:
+            kind, limit = arguments
+            if _fits(value, kind) and limit.admits(_convert(value, kind)):
+                return True
+        elif option is Any:
             return True
         if option is None or option is type(None):
             if value is None:
@@ -163,7 +208,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    options = [option for option in _alternatives(hint) if _fits(value, option)]
+    options = [_bare(option) for option in _alternatives(hint) if _fits(value, option)]
     for option in options:
         arguments = typing.get_args(option)
         if typing.get_origin(option) is tuple:
@@ -176,15 +221,29 @@ def _convert(value: Any, hint: Any) -> Any:
     return value
 
 
-def _describe(hint: Any) -> str:
+def _bare(option: Any) -> Any:
+    return typing.get_args(option)[0] if typing.get_origin(option) is Annotated else option
+
+
+def describe(hint: Any) -> str:
+    """Return what a value with this annotation may be, for a reader."""
     words = []
     for option in _alternatives(hint):
-        if typing.get_origin(option) is typing.Literal:
-            words.append("one of " + ", ".join(repr(known) for known in typing.get_args(option)))
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if origin is Annotated:
+            kind, limit = arguments
+            words.append(f"{describe(kind)} ({limit.told})")
+        elif origin is typing.Literal:
+            known = [repr(value) for value in arguments]
+            words.append("one of " * (len(known) > 1) + ", ".join(known))
+        elif origin in (tuple, list):
+            inner = [describe(kind) for kind in arguments if kind is not Ellipsis]
+            several = origin is list or Ellipsis in arguments
+            words.append(f"list of {inner[0]}" if several else f"[{', '.join(inner)}]")
+        elif origin is dict:
+            words.append(f"mapping to {describe(arguments[1])}")
         elif option is type(None):
             words.append("null")
-        elif typing.get_origin(option) is None:
-            words.append(getattr(option, "__name__", str(option)))
         else:
-            words.append(str(option))
+            words.append(getattr(option, "__name__", str(option)))
     return " or ".join(words)

@@ -283,7 +283,7 @@ def test_under_autocast_the_aligned_pass_leaves_no_cast_weights_behind():
         ({"attackers": ("sgd",), "simulator": "jump"}, "jump"),
         ({"sgd_learning_rate": (1e-2, 1e-3)}, "sgd_learning_rate"),
         ({"lora_rank": 0}, "lora_rank"),
-        ({"retain_kl": -0.1}, "retain_kl is negative"),
+        ({"retain_kl": -0.1}, "retain_kl: -0.1"),
         ({"retain_weight": 0.0}, "nothing is retained"),
     ],
 )

@@ -271,11 +271,11 @@ def test_a_missing_stream_is_refused_before_work(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flatness_weight": -1.0}, "negative"),
+        ({"flatness_weight": -1.0}, "flatness_weight: -1.0 is not float .0 or more"),
         ({"retain_rows": 1, "retain": ["refusal", "benign"]}, "no row"),
         ({"retain": []}, "no row"),
-        ({"harmful_rows": 0}, "empty look-ahead"),
-        ({"lookahead_radius": 0.0}, "no radius"),
+        ({"harmful_rows": 0}, "harmful_rows: 0"),
+        ({"lookahead_radius": 0.0}, "lookahead_radius: 0.0"),
         ({"lookahead": "raw", "lookahead_direction": "sign"}, "no raw form"),
         ({"gradient": "exact", "lookahead_direction": "adam"}, "not worked out"),
     ],

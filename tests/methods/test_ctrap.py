@@ -409,11 +409,11 @@ def test_a_step_without_preparation_stops_the_run():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"collapse_weight": -1.0}, "negative"),
-        ({"retain_rows": 1}, "empty"),
-        ({"lookahead_radius": 0.0}, "no radius"),
-        ({"lookahead_radius": {"low": 2.0, "high": 1.0}}, "no radius"),
-        ({"lookahead_radius": {"low": 2.0}}, "no radius"),
+        ({"collapse_weight": -1.0}, "collapse_weight: -1.0"),
+        ({"retain_rows": 1}, "no row"),
+        ({"lookahead_radius": 0.0}, "lookahead_radius: 0.0"),
+        ({"lookahead_radius": {"low": 2.0, "high": 1.0}}, "0 < low <= high"),
+        ({"lookahead_radius": {"low": 2.0}}, "0 < low <= high"),
         ({"lookahead": "raw", "lookahead_direction": "sign"}, "no raw form"),
         ({"gradient": "exact", "lookahead_direction": "adam"}, "not worked out"),
         ({"lookahead_direction": "random"}, "lookahead_direction"),

@@ -232,8 +232,8 @@ def test_an_adapter_is_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank is below 1"),
-        ({"strength": -1.0}, "strength -1.0"),
+        ({"rank": 0}, "rank: 0 is not"),
+        ({"strength": -1.0}, "strength: -1.0"),
         ({"rank": 17}, "not meant for rank 17"),
         ({"modules": "head"}, "modules"),
     ],

@@ -409,11 +409,11 @@ def test_released_sets_everything_and_warns():
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size"),
-        ({"unlearning_weight": -1.0}, "no weight"),
-        ({"noise_weight": float("inf")}, "no weight"),
-        ({"mmd_points": 1}, "below 2"),
-        ({"unlearning_layers": 0}, "not above 0"),
-        ({"unlearning_cap": -2.0}, "not above 0"),
+        ({"unlearning_weight": -1.0}, "unlearning_weight: -1.0"),
+        ({"noise_weight": float("inf")}, "noise_weight: inf"),
+        ({"mmd_points": 1}, "2 or more"),
+        ({"unlearning_layers": 0}, "unlearning_layers: 0"),
+        ({"unlearning_cap": -2.0}, "unlearning_cap: -2.0"),
         ({"noise_loss": "biased"}, "noise_loss"),
     ],
 )

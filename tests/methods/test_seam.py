@@ -482,8 +482,11 @@ def test_declared_terms_are_logged_and_not_zero(space_name):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size"),
-        ({"coupling_weight": -0.1}, "negative"),
-        ({"refusal_weight": 0, "coupling_weight": 0, "unlearning": "none"}, "no term is left"),
+        ({"coupling_weight": -0.1}, "coupling_weight: -0.1"),
+        (
+            {"refusal_weight": 0, "coupling_weight": 0, "unlearning": "none"},
+            "no term of SEAM is left",
+        ),
         ({"epsilon": 0.0}, "epsilon"),
         ({"unlearning_layers": 0}, "unlearning_layers"),
         ({"unlearning_cap": -1.0}, "unlearning_cap"),

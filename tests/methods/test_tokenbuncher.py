@@ -431,7 +431,7 @@ def test_only_refusals_are_sharpened():
         ({"noise_weight": 1.0}, "noise_weight"),
         ({"response_length": 0}, "response_length"),
         ({"min_group_std": -1.0}, "min_group_std"),
-        ({"reference_weight": 0.0}, "reference: none"),
+        ({"reference_weight": 0.0}, "reference_weight: 0.0"),
         ({"reference": "none", "reference_model": "x"}, "does not use it"),
     ],
 )

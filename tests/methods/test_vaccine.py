@@ -200,8 +200,8 @@ def test_a_missing_stream_is_refused_before_work(tmp_path):
     [
         ({"batch_size": 1}, "no row"),
         ({"retain": []}, "no row"),
-        ({"radius": -1.0}, "no length"),
-        ({"radius": float("inf")}, "no length"),
+        ({"radius": -1.0}, "radius: -1.0"),
+        ({"radius": float("inf")}, "radius: inf"),
         ({"radius_scope": "layer"}, "radius_scope"),
         ({"site": "mlp"}, "site"),
         ({"rho": 2.0}, "unknown key 'rho'"),

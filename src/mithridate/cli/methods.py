@@ -1,63 +1,65 @@
-"""`mithridate methods`: what can be planted, and what each one needs."""
+"""`mithridate methods`: what can be planted, what each defence needs, costs and is set by."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any
+
+import typer
 
 from mithridate.cli.console import Json, out
 
+_SPACES = {"full": "all weights", "lora": "a LoRA adapter"}
 
-def methods(json_output: Json = False) -> dict[str, Any]:
-    """List the defences and what they cost."""
+
+def methods(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Of defences (a+b for a composition); all where none is given."),
+    ] = None,
+    json_output: Json = False,
+) -> dict[str, Any]:
+    """List the defences, what they cost, and their options."""
     from mithridate.methods import METHODS
+    from mithridate.methods.describe import describe
 
-    found = [describe(METHODS.load(name)) for name in METHODS.names()]
+    found = [describe(METHODS.load(name)) for name in names or METHODS.names()]
     if not json_output:
-        _show(found)
+        for entry in found:
+            _show(entry)
+        out().print("passes: backward calls of a step; buffers: parameter-sized, beyond AdamW's.")
+        out().print("Options stand in the section method: of --config, written as in YAML.")
+        out().print("Joined by +, methods are planted together: --method seam+tokenbuncher.")
     return {"methods": found}
 
 
-def describe(method_class: Any) -> dict[str, Any]:
-    """Return a method's own description, with the default configuration's needs and cost."""
-    method = method_class(method_class.config_class())
-    return {
-        "name": method.name,
-        "summary": method.summary,
-        "paper": method.paper,
-        "streams": list(method.streams),
-        "spaces": list(method.spaces),
-        "passes_per_step": method.passes_per_step,
-        "parameter_buffers": method.parameter_buffers,
-        "defends": method.defends,
-        "limits": method.limits,
-    }
-
-
-def _show(found: list[dict[str, Any]]) -> None:
-    from rich.markup import escape
+def _show(entry: dict[str, Any]) -> None:
+    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("method", style="bold", no_wrap=True)
-    for column in ("passes", "buffers"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("what it does, needs and does not do", overflow="fold")
-    for entry in found:
-        lines = (
-            escape(entry["summary"]),
-            f"[dim]paper[/]    {escape(entry['paper'])}",
-            f"[dim]streams[/]  {escape(', '.join(entry['streams']))}   "
-            f"[dim]weights[/]  {escape(', '.join(entry['spaces']))}",
-            f"[dim]defends[/]  {escape(entry['defends'])}",
-            f"[dim]limits[/]   {escape(entry['limits'])}",
-            "",
+    console = out()
+    console.print(Text.assemble((entry["name"], "bold"), "  ", entry["summary"]))
+    facts = Table.grid(padding=(0, 1))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
+    facts.add_row("paper", Text(entry["paper"]))
+    facts.add_row("streams", Text(", ".join(entry["streams"]) or "none"))
+    facts.add_row("trains", Text(" or ".join(_SPACES[space] for space in entry["spaces"])))
+    cost = f"{entry['passes_per_step']:g} passes per step, {entry['parameter_buffers']} buffers"
+    facts.add_row("costs", Text(cost))
+    facts.add_row("defends", Text(f"against {entry['defends']}"))
+    facts.add_row("limits", Text(entry["limits"]))
+    console.print(Padding(facts, (0, 0, 0, 2), expand=False))
+    options = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    options.add_column("option", no_wrap=True)
+    for column in ("default", "takes", "what it is"):
+        options.add_column(column, overflow="fold")
+    for option in entry["options"]:
+        options.add_row(
+            Text(option["name"]),
+            Text(json.dumps(option["default"])),
+            Text(option["values"]),
+            Text(option["help"]),
         )
-        table.add_row(
-            escape(entry["name"]),
-            f"{entry['passes_per_step']:g}",
-            str(entry["parameter_buffers"]),
-            "\n".join(lines),
-        )
-    out().print(table)
-    out().print("passes: forward-backward passes a step; buffers: parameter-sized, beyond AdamW's.")
-    out().print("Joined by +, methods are planted together: --method seam+tokenbuncher.")
+    console.print(Padding(options, (0, 0, 1, 2), expand=False))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from mithridate.chat import Batch
-from mithridate.configs import require
+from mithridate.configs import Count, Positive, Weight, check_values, require
 from mithridate.methods.adapter import Adapter
 from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient
@@ -42,29 +42,23 @@ class Adversary:
         what the defence trains.
     """
 
-    learning_rates: tuple[float, ...] = (2e-6, 2e-5, 4e-5)
+    learning_rates: tuple[Positive, ...] = (2e-6, 2e-5, 4e-5)
     optimiser: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Weight = 0.0
+    weight_decay: Weight = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    max_grad_norm: float = 1.0
+    max_grad_norm: Weight = 1.0
     first: str | None = None
-    lora_rank: int | None = None
+    lora_rank: Count | None = None
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.learning_rates) and min(self.learning_rates) > 0,
-            f"learning_rates {list(self.learning_rates)} are not numbers above 0",
-            "give at least one, for example [2e-5]",
-        )
-        for name in ("momentum", "weight_decay", "max_grad_norm"):
-            require(getattr(self, name) >= 0, f"{name} is negative", "give 0 or more")
+        check_values(self)
+        require(bool(self.learning_rates), "learning_rates is empty", "give one, as in [2e-5]")
         require(
             self.optimiser == "sgd" or not self.momentum,
             "adamw has betas, not a momentum",
             "use optimiser: sgd, or leave momentum out",
         )
-        require(self.lora_rank is None or self.lora_rank >= 1, "lora_rank is below 1", "or null")
 
     @property
     def buffers(self) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mithridate.chat import Batch, ChatFormat
+from mithridate.configs import check_values
 from mithridate.examples import Example, evenly_by_category
 from mithridate.weights import Gradient, GradientOracle, WeightSpace, dot, norm
 
@@ -165,7 +166,14 @@ def join(batches: list[Batch]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """Options of a method. ``streams`` are drawn in rows per step."""
+    """Options of a method.
+
+    The annotations (`configs.Count`, ...) say what an option may be: checked here, and told by
+    `mithridate methods` beside the words of the docstring's ``Parameters``.
+    """
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 class Method(ABC):

@@ -33,7 +33,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from mithridate.configs import require
+from mithridate.configs import Count, Positive, Weight, require
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.lookahead import Direction, LookAhead, Radius
 from mithridate.weights import dot, norm
@@ -46,7 +46,7 @@ _WATCH_EVERY = 50
 
 @dataclass(frozen=True, kw_only=True)
 class BoosterConfig(MethodConfig):
-    """Options of Booster; those of the look-ahead are described in `LookAhead`.
+    """Options of Booster.
 
     Parameters
     ----------
@@ -56,23 +56,32 @@ class BoosterConfig(MethodConfig):
         Streams of the alignment data, shared evenly.
     flatness_weight
         lambda; 0 leaves plain SFT, without a look-ahead pass.
+    lookahead
+        ``raw``: the radius multiplies the gradient itself instead of its unit vector.
+    lookahead_direction
+        ``gradient``; ``sign``; ``adam`` (one buffer more); ``unrolled``: real AdamW steps.
+    lookahead_radius
+        L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto``: the
+        travel of 1 to 20 AdamW steps; ``null``: 0.1 in an adapter, else ``auto``.
+    attack_learning_rate, unrolled_steps
+        The attacker's, for ``auto`` and ``unrolled``.
     gradient
         Through the look-ahead: ``first_order`` or ``exact``.
     """
 
-    harmful_rows: int = 10
-    retain_rows: int = 10
+    harmful_rows: Count = 10
+    retain_rows: Count = 10
     retain: tuple[str, ...] = ("refusal",)
-    flatness_weight: float = 5.0
+    flatness_weight: Weight = 5.0
     lookahead: Literal["normalised", "raw"] = "normalised"
     lookahead_direction: Direction = "gradient"
     lookahead_radius: Radius = None
-    attack_learning_rate: float = 2e-5
-    unrolled_steps: int = 4
+    attack_learning_rate: Positive = 2e-5
+    unrolled_steps: Count = 4
     gradient: Literal["first_order", "exact"] = "first_order"
 
     def __post_init__(self) -> None:
-        require(self.flatness_weight >= 0, "flatness_weight is negative", "use 0 to switch it off")
+        super().__post_init__()
         require(
             self.retain_rows >= len(self.retain) >= 1,
             f"retain_rows {self.retain_rows} gives some of the {len(self.retain)} streams no row",

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import nn
 
-from mithridate.configs import from_mapping, require
+from mithridate.configs import Count, Weight, from_mapping, require
 from mithridate.errors import InputError
 from mithridate.methods import METHODS
 from mithridate.methods.base import Method, MethodConfig, RunContext
@@ -49,22 +49,18 @@ class ComposeConfig(MethodConfig):
     """
 
     combine: Literal["sum", "alternate", "sequence"] = "sum"
-    weights: dict[str, float] = field(default_factory=dict)
-    turns: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    turns: dict[str, Count] = field(default_factory=dict)
     parts: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     members: ClassVar[dict[str, str]] = {}
     """Method of each label."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("weights", "turns", "parts"):
             strange = [label for label in getattr(self, name) if label not in self.members]
             require(not strange, f"{name} names {', '.join(map(repr, strange))}, no member of it",
                     f"members: {', '.join(self.members)}")  # fmt: skip
-        for label, weight in self.weights.items():
-            require(0 <= weight < float("inf"), f"weights.{label} {weight} is no number from 0 up",
-                    "give 1, or 0 to leave the member out")  # fmt: skip
-        for label, turns in self.turns.items():
-            require(turns >= 1, f"turns.{label} {turns} is below 1", "give 1 or more")
         require(self.combine != "sum" or not self.turns, "in a sum every member is always on turn",
                 "use combine: alternate or sequence, or leave turns out")  # fmt: skip
         present = [label for label in self.members if self.weight(label) > 0]

@@ -35,7 +35,7 @@ from typing import ClassVar, Literal
 import torch
 
 from mithridate.chat import Batch
-from mithridate.configs import require
+from mithridate.configs import Count, Natural, Positive, Weight, require
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.lookahead import LORA_RADIUS, Direction, LookAhead, Radius
@@ -55,7 +55,7 @@ _RARE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class CTRAPConfig(MethodConfig):
-    """Options of CTRAP; those of the look-ahead are described in `LookAhead`.
+    """Options of CTRAP.
 
     Parameters
     ----------
@@ -67,8 +67,19 @@ class CTRAPConfig(MethodConfig):
         lambda; 0 leaves plain SFT on R, without a look-ahead pass.
     collapse_on
         G: an own draw of ``general``, or the retain batch relabelled.
-    collapse_target, collapse_token
-        One token e, by id or by the rule of `collapse_token`; or ``uniform``: KL(uniform || p).
+    collapse_target
+        One ``token``, e; or ``uniform``: KL(uniform || p).
+    collapse_token
+        The id of e; ``None`` takes the last piece of "an error", which answers must not use.
+    lookahead
+        ``raw``: the radius multiplies the gradient itself instead of its unit vector.
+    lookahead_direction
+        ``gradient``; ``sign``; ``adam`` (one buffer more); ``unrolled``: real AdamW steps.
+    lookahead_radius
+        L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto``: the
+        travel of 1 to 20 AdamW steps; ``null``: 0.1 in an adapter, else ``auto``.
+    attack_learning_rate, unrolled_steps
+        The attacker's, for ``auto`` and ``unrolled``.
     gradient
         Through the look-ahead: ``first_order`` or ``exact``.
     shifted_precision
@@ -78,29 +89,29 @@ class CTRAPConfig(MethodConfig):
         ``released`` sets every value of the released code: for reproduction only.
     """
 
-    harmful_rows: int = 10
-    retain_rows: int = 10
-    collapse_rows: int = 10
+    harmful_rows: Count = 10
+    retain_rows: Count = 10
+    collapse_rows: Count = 10
     retain: tuple[str, ...] = ("refusal", "general")
-    collapse_weight: float = 0.1
+    collapse_weight: Weight = 0.1
     collapse_on: Literal["general", "retain"] = "general"
     collapse_target: Literal["token", "uniform"] = "token"
-    collapse_token: int | None = None
+    collapse_token: Natural | None = None
     lookahead: Literal["normalised", "raw"] = "normalised"
     lookahead_direction: Direction = "gradient"
     lookahead_radius: Radius = None
-    attack_learning_rate: float = 2e-5
-    unrolled_steps: int = 4
+    attack_learning_rate: Positive = 2e-5
+    unrolled_steps: Count = 4
     gradient: Literal["first_order", "exact"] = "first_order"
     shifted_precision: Literal["float32", "autocast"] = "float32"
     variant: Literal["default", "released"] = "default"
 
     def __post_init__(self) -> None:
-        require(self.collapse_weight >= 0, "collapse_weight is negative", "use 0 to switch it off")
+        super().__post_init__()
         require(
-            self.retain_rows >= len(self.retain) >= 1 and self.collapse_rows >= 1,
-            "a batch of CTRAP would be empty",
-            "give every stream at least one row",
+            self.retain_rows >= len(self.retain) >= 1,
+            f"retain_rows {self.retain_rows} gives some of the {len(self.retain)} streams no row",
+            "raise retain_rows or name fewer streams in retain",
         )
         require(
             self.gradient == "first_order" or self.lookahead_direction == "gradient",

@@ -11,19 +11,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from mithridate.chat import Batch
-from mithridate.configs import require
+from mithridate.configs import Limit, Positive, require
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient, GradientOracle, dot, norm
 from mithridate.weights.losses import Loss, answer_cross_entropy
 
 Direction = Literal["gradient", "sign", "adam", "unrolled"]
-Radius = float | dict[str, float] | Literal["auto"] | None
+Interval = Annotated[
+    dict[str, float],
+    Limit(
+        "{low: , high: } with 0 < low <= high",
+        lambda ends: set(ends) == {"low", "high"} and 0 < ends["low"] <= ends["high"] < math.inf,
+    ),
+]
+Radius = Positive | Interval | Literal["auto"] | None
 
 LORA_RADIUS = 0.1
 """CTRAP's released radius, over the factors of a rank-32 adapter."""
@@ -148,17 +155,6 @@ class LookAhead:
     _adam: AdamDirection = field(default_factory=AdamDirection)
 
     def __post_init__(self) -> None:
-        if isinstance(self.radius, dict):
-            fits = set(self.radius) == {"low", "high"} and (
-                0 < self.radius["low"] <= self.radius["high"]
-            )
-        else:
-            fits = not isinstance(self.radius, (int, float)) or self.radius > 0
-        require(
-            fits,
-            f"lookahead_radius {self.radius!r} is no radius",
-            "give a number above 0, {low: ..., high: ...} with 0 < low <= high, or auto",
-        )
         require(
             self.direction != "unrolled" or self.radius is None,
             "an unrolled look-ahead is as long as its steps are: it has no radius",
@@ -169,8 +165,6 @@ class LookAhead:
             f"lookahead_direction {self.direction!r} has no raw form",
             "use lookahead: normalised",
         )
-        require(self.rows >= 1 and self.steps >= 1, "an empty look-ahead", "use 1 row, 1 step")
-        require(self.learning_rate > 0, "attack_learning_rate is not above 0", "try 2e-5")
 
     @property
     def backwards(self) -> int:

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from mithridate.configs import require
+from mithridate.configs import Count, Weight, require
 from mithridate.errors import InactiveTermError, InputError, RunStoppedError
 from mithridate.files import sha256_file, write_json
 from mithridate.methods.base import Method, MethodConfig, RunContext
@@ -43,8 +43,10 @@ class LoXConfig(MethodConfig):
 
     Parameters
     ----------
-    base, base_revision
+    base
         Folder or Hub id of the model before its alignment, in safetensors.
+    base_revision
+        Of a base on the Hub.
     rank
         k; ``None`` takes the whole difference.
     strength
@@ -57,17 +59,13 @@ class LoXConfig(MethodConfig):
 
     base: str | None = None
     base_revision: str | None = None
-    rank: int | None = 6
-    strength: float = 1.25
+    rank: Count | None = 6
+    strength: Weight = 1.25
     modules: Literal["all", "linear"] = "all"
     svd: Literal["randomised", "exact"] = "randomised"
 
     def __post_init__(self) -> None:
-        require(self.rank is None or self.rank >= 1, "rank is below 1", "give 1 or more, or null")
-        require(
-            0 <= self.strength < math.inf, f"strength {self.strength} is no number from 0 up",
-            "1.25 is the paper's",
-        )  # fmt: skip
+        super().__post_init__()
         require(
             self.svd == "exact" or self.rank is None or self.rank <= _LARGEST_RANK,
             f"randomised SVD is not meant for rank {self.rank}",

@@ -30,22 +30,23 @@ more, which finds S.
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from mithridate.chat import Batch
-from mithridate.configs import require
+from mithridate.configs import Count, Limit, Positive, Weight
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.noise import Noise
 from mithridate.methods.pairs import Pair, pair_by_prompt, without_common_tokens
 from mithridate.methods.sites import outputs_changed, sites_of
 from mithridate.methods.unlearning import Layers, Unlearning
 from mithridate.weights.losses import answer_cross_entropy, layerwise_cross_entropy
+
+Points = Annotated[int, Limit("2 or more", lambda n: n >= 2)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,14 @@ class RepNoiseConfig(MethodConfig):
     ----------
     batch_size
         Rows per step of each stream.
-    unlearning_weight, noise_weight
-        alpha and beta; both 0 leave plain SFT on refusals.
-    noise_loss, mmd_points
-        Which points are compared with noise, and at most how many; see `Noise`.
+    unlearning_weight
+        alpha; 0 makes no such term.
+    noise_weight
+        beta; 0 makes no such term.
+    noise_loss
+        Points that are compared with noise: answer ``tokens``, or whole rows (``released``).
+    mmd_points
+        Most answer tokens that are compared, drawn anew each step.
     unlearning_layers
         Inner layers read: ``all`` (1...L-1), ``released``, or how many are drawn per step.
     unlearning_cap
@@ -71,31 +76,15 @@ class RepNoiseConfig(MethodConfig):
         ``released`` sets every value of the released code: for reproduction only.
     """
 
-    batch_size: int = 4
-    unlearning_weight: float = 1.0
-    noise_weight: float = 1e-3
+    batch_size: Count = 4
+    unlearning_weight: Weight = 1.0
+    noise_weight: Weight = 1e-3
     noise_loss: Literal["tokens", "released"] = "tokens"
-    mmd_points: int = 256
+    mmd_points: Points = 256
     unlearning_layers: Layers = "all"
-    unlearning_cap: float | None = None
+    unlearning_cap: Positive | None = None
     answer_mask: Literal["answer", "difference"] = "answer"
     variant: Literal["default", "released"] = "default"
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size is below 1", "give at least one row")
-        require(
-            self.mmd_points >= 2, f"mmd_points {self.mmd_points} is below 2", "256 is the default"
-        )
-        for name in ("unlearning_weight", "noise_weight"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"{name} {value} is no weight", "use 0 to switch it off")
-        for name in ("unlearning_layers", "unlearning_cap"):
-            value = getattr(self, name)
-            require(
-                not isinstance(value, (int, float)) or value > 0,
-                f"{name} {value!r} is not above 0",
-                "give a number above 0, or leave it at its default",
-            )
 
 
 RELEASED = {

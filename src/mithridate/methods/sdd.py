@@ -30,15 +30,17 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from mithridate.configs import require
+from mithridate.configs import Count, Limit
 from mithridate.embeddings import MINILM, load_encoder
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.examples import Example, fingerprint, normalise_prompt
 from mithridate.files import write_json
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.weights.losses import answer_cross_entropy
+
+Cosine = Annotated[float, Limit("-1 to 1", lambda x: -1 <= x <= 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +67,14 @@ class SDDConfig(MethodConfig):
         Tokens per row.
     """
 
-    batch_size: int = 24
-    pairs: int = 8000
-    threshold: float = 0.25
-    max_draws: int = 50
+    batch_size: Count = 24
+    pairs: Count = 8000
+    threshold: Cosine = 0.25
+    max_draws: Count = 50
     encoder: str = MINILM
     source_weights: Literal["even", "pooled"] = "even"
     prefix: str = ""
-    max_length: int = 512
-
-    def __post_init__(self) -> None:
-        require(
-            min(self.batch_size, self.pairs, self.max_draws, self.max_length) >= 1,
-            "batch_size, pairs, max_draws and max_length must be at least 1",
-            "raise the one that is lower",
-        )
-        require(-1 <= self.threshold <= 1, f"threshold {self.threshold} is no cosine", "try 0.25")
+    max_length: Count = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,12 +46,12 @@ from typing import ClassVar, Literal
 import torch
 
 from mithridate.chat import IGNORE, Batch
-from mithridate.configs import require
+from mithridate.configs import Count, Positive, Range, Steps, Weight, require
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.coupling import Coupling
 from mithridate.methods.pairs import Pair, pair_by_prompt, without_common_tokens
 from mithridate.methods.unlearning import Kind, Layers, Unlearning
-from mithridate.methods.walkers import Range, Walker
+from mithridate.methods.walkers import Walker
 from mithridate.weights import Gradient
 from mithridate.weights.arithmetic import scale_
 from mithridate.weights.losses import answer_cross_entropy
@@ -65,8 +65,10 @@ class SEAMConfig(MethodConfig):
     ----------
     batch_size
         Rows per step of each of the three streams.
-    refusal_weight, coupling_weight
-        alpha and beta; 0 makes no pass.
+    refusal_weight
+        alpha, of the refusals' cross-entropy; 0 makes no pass.
+    coupling_weight
+        beta, of the cosine; 0 makes no pass (the ablation).
     unlearning
         L_ul: ``layerwise_log``, ``log`` (output only, costs nothing), ``ascent`` (-l, unbounded)
         or ``none``.
@@ -89,53 +91,40 @@ class SEAMConfig(MethodConfig):
     coupling_at
         ``point``: the present weights. ``trajectory``: where a simulated AdamW attack ends, first
         order (its steps are not differentiated).
-    attack_steps, attack_learning_rate, attack_rows
-        Of the simulated attack, drawn for each step: range of its steps, uniformly; range of its
-        learning rate, log-uniformly; examples in its data set.
+    attack_steps
+        Of the simulated attack, drawn uniformly for each step.
+    attack_learning_rate
+        Of the simulated attack, drawn log-uniformly for each step.
+    attack_rows
+        Examples in the simulated attack's data set, drawn for each step.
     variant
         ``released`` sets every value of the released code: for reproduction only.
     """
 
-    batch_size: int = 8
-    refusal_weight: float = 1.0
-    coupling_weight: float = 0.01
+    batch_size: Count = 8
+    refusal_weight: Weight = 1.0
+    coupling_weight: Weight = 0.01
     unlearning: Kind = "layerwise_log"
     unlearning_layers: Layers = "all"
-    unlearning_cap: float | None = None
+    unlearning_cap: Positive | None = None
     hvp: Literal["auto", "finite", "central", "exact"] = "auto"
-    epsilon: float | Literal["auto"] = "auto"
+    epsilon: Positive | Literal["auto"] = "auto"
     fd_step: Literal["unit", "released"] = "unit"
     answer_mask: Literal["answer", "difference"] = "answer"
     benign_labels: Literal["answer", "all"] = "answer"
     coupling_at: Literal["point", "trajectory"] = "point"
-    attack_steps: tuple[int, int] = (1, 10)
+    attack_steps: Steps = (1, 10)
     attack_learning_rate: Range = (2e-5, 2e-4)
-    attack_rows: int = 20
+    attack_rows: Count = 20
     variant: Literal["default", "released"] = "default"
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "batch_size is below 1", "give at least one row")
+        super().__post_init__()
         require(
-            min(self.refusal_weight, self.coupling_weight) >= 0
-            and (self.refusal_weight or self.coupling_weight or self.unlearning != "none") != 0,
-            "SEAM's weights are negative, or no term is left",
+            self.refusal_weight + self.coupling_weight > 0 or self.unlearning != "none",
+            "no term of SEAM is left",
             "give a weight above 0 to at least one term",
         )
-        for name, lowest in (("attack_steps", 1), ("attack_learning_rate", 1e-12)):
-            low, high = getattr(self, name)
-            require(
-                lowest <= low <= high,
-                f"{name} [{low}, {high}] is not a range",
-                "give [low, high] with 0 < low <= high",
-            )
-        require(self.attack_rows >= 1, "attack_rows is below 1", "give 1 or more")
-        for name in ("unlearning_layers", "epsilon", "unlearning_cap"):
-            value = getattr(self, name)
-            require(
-                not isinstance(value, (int, float)) or value > 0,
-                f"{name} {value!r} is not above 0",
-                "give a number above 0, or leave it at its default",
-            )
 
 
 RELEASED = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mithridate.configs import require
+from mithridate.configs import Count, require
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.weights.losses import answer_cross_entropy
 
@@ -22,10 +22,11 @@ class SFTConfig(MethodConfig):
         Streams to train on.
     """
 
-    batch_size: int = 8
+    batch_size: Count = 8
     retain: tuple[str, ...] = ("refusal", "benign", "general")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.batch_size >= len(self.retain) >= 1,
             f"batch_size {self.batch_size} gives some of the {len(self.retain)} streams no row",

@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn import functional
 
 from mithridate.chat import IGNORE, Batch
-from mithridate.configs import from_mapping, require
+from mithridate.configs import Count, Weight, from_mapping, require
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.examples import Example
 from mithridate.methods.adapter import adaptable
@@ -59,19 +59,26 @@ class TARConfig(MethodConfig):
 
     Parameters
     ----------
-    batch_size, adversary_rows
-        Rows of the retain and held-out batches, and of each of the attack's.
+    batch_size
+        Rows of the retain and held-out batches.
+    adversary_rows
+        Rows of each of the attack's batches.
     retain
         Streams of L_retain, shared evenly.
-    inner_steps, evaluate_every
-        K and m.
+    inner_steps
+        K, steps of the simulated attack.
+    evaluate_every
+        m, its steps from one evaluation of L_TR to the next.
     decay
-        s; ``None`` takes 4 / K, which keeps the sum of w_i where K changes.
-    tamper_weight, retain_weight
-        lambda_TR and lambda_r; 0 makes no pass.
-    distance_weight, retain_distance
-        Of the hidden states' distance within L_retain: its ``norm``, or ``squared`` (as printed in
-        the paper).
+        s of the weights w_i; ``None`` takes 4 / K, which keeps the sum of w_i where K changes.
+    tamper_weight
+        lambda_TR; 0 makes no pass.
+    retain_weight
+        lambda_r; 0 makes no pass.
+    distance_weight
+        Of the hidden states' distance within L_retain.
+    retain_distance
+        Its ``norm``, or ``squared`` (as printed in the paper).
     tamper_mask
         Positions of L_TR: answers (``label``), or ``all`` tokens.
     tamper_bound
@@ -84,15 +91,15 @@ class TARConfig(MethodConfig):
         rank 8 (at ten times the rates: ours).
     """
 
-    batch_size: int = 8
-    adversary_rows: int = 4
+    batch_size: Count = 8
+    adversary_rows: Count = 4
     retain: tuple[str, ...] = ("general",)
-    inner_steps: int = 64
-    evaluate_every: int = 4
+    inner_steps: Count = 64
+    evaluate_every: Count = 4
     decay: float | None = None
-    tamper_weight: float = 4.0
-    retain_weight: float = 1.0
-    distance_weight: float = 1.0
+    tamper_weight: Weight = 4.0
+    retain_weight: Weight = 1.0
+    distance_weight: Weight = 1.0
     retain_distance: Literal["norm", "squared"] = "norm"
     tamper_mask: Literal["label", "all"] = "label"
     tamper_bound: float | None = None
@@ -100,20 +107,20 @@ class TARConfig(MethodConfig):
     adversaries: tuple[dict[str, Any], ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
-            1 <= self.evaluate_every <= self.inner_steps,
+            self.evaluate_every <= self.inner_steps,
             f"evaluate_every {self.evaluate_every} finds nothing in {self.inner_steps} inner_steps",
-            "give 1 <= evaluate_every <= inner_steps",
+            "give evaluate_every <= inner_steps",
         )
         require(
-            self.batch_size >= len(self.retain) >= 1 and self.adversary_rows >= 1,
+            self.batch_size >= len(self.retain) >= 1,
             "a batch of TAR would be empty",
             "give every stream at least one row",
         )
         require(
-            min(self.tamper_weight, self.retain_weight, self.distance_weight) >= 0
-            and self.tamper_weight + self.retain_weight > 0,
-            "TAR's weights are negative, or no term is left",
+            self.tamper_weight + self.retain_weight > 0,
+            "no term of TAR is left",
             "give tamper_weight or retain_weight a number above 0",
         )
         require(self.adversaries != (), "adversaries is empty", "name one, or leave it out")

@@ -39,15 +39,14 @@ lambda = 0.1, against EaR; see the logged ``entropy``.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from mithridate.chat import IGNORE, Batch
-from mithridate.configs import require
+from mithridate.configs import Count, Limit, Positive, Share, Weight, require
 from mithridate.errors import GateError
 from mithridate.judges.refusal import is_refusal
 from mithridate.methods.anchor import Anchor
@@ -60,6 +59,12 @@ _WARM_UP = 8
 _GATE_PROMPTS = 64
 
 
+Rollouts = Annotated[
+    int, Limit("2 or more, for one answer has no spread to learn from", lambda n: n >= 2)
+]
+Mass = Annotated[float, Limit("inside (0, 1)", lambda x: 0 < x < 1)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenBuncherConfig(MethodConfig):
     """Options of TokenBuncher.
@@ -70,8 +75,10 @@ class TokenBuncherConfig(MethodConfig):
         Harmful prompts per step.
     rollouts
         K, sampled answers per prompt.
-    prompt_length, response_length
-        Tokens of a prompt, of a sampled answer.
+    prompt_length
+        Tokens of a prompt at most; its beginning is cut.
+    response_length
+        Tokens of a sampled answer at most.
     noise_weight
         lambda, the mass that TN moves off the sampled token.
     noise_scaling
@@ -83,7 +90,7 @@ class TokenBuncherConfig(MethodConfig):
     reference
         ``benign_kl``: KL to the reference on the benign stream; or ``none``.
     reference_weight
-        kappa.
+        kappa, of the KL to the reference.
     reference_model
         Folder or Hub id of p_ref; ``None`` takes the model as it is before the first step.
     benign_rows
@@ -95,35 +102,23 @@ class TokenBuncherConfig(MethodConfig):
         Refusals that the phrase judge does not know.
     """
 
-    batch_size: int = 32
-    rollouts: int = 4
-    prompt_length: int = 320
-    response_length: int = 1024
-    noise_weight: float = 0.1
+    batch_size: Count = 32
+    rollouts: Rollouts = 4
+    prompt_length: Count = 320
+    response_length: Count = 1024
+    noise_weight: Mass = 0.1
     noise_scaling: Literal["mass", "released"] = "mass"
     terms: Literal["both", "entropy", "noise"] = "both"
-    min_group_std: float = 1e-3
+    min_group_std: Weight = 1e-3
     reference: Literal["benign_kl", "none"] = "benign_kl"
-    reference_weight: float = 1.0
+    reference_weight: Positive = 1.0
     reference_model: str | None = None
-    benign_rows: int = 32
-    min_refusal: float = 0.95
+    benign_rows: Count = 32
+    min_refusal: Share = 0.95
     refusals: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require(self.rollouts >= 2, f"rollouts {self.rollouts}: one answer has no spread to learn "
-                "from", "give 2 or more; 4 is usual")  # fmt: skip
-        require(0 < self.noise_weight < 1, f"noise_weight {self.noise_weight} is no mass inside "
-                "(0, 1)", "0.1 is published; terms: entropy leaves the noiser out")  # fmt: skip
-        for name in ("batch_size", "prompt_length", "response_length", "benign_rows"):
-            require(getattr(self, name) >= 1, f"{name} is below 1", f"raise {name}")
-        require(
-            self.min_group_std >= 0 and 0 <= self.min_refusal <= 1,
-            "min_group_std is negative, or min_refusal is no share",
-            "1e-3 and 0.95 are usual",
-        )
-        require(0 < self.reference_weight < math.inf, "reference_weight is not above 0",
-                "use reference: none to leave the anchor out")  # fmt: skip
+        super().__post_init__()
         require(self.reference != "none" or self.reference_model is None,
                 "reference_model is given, and reference: none does not use it",
                 "leave one of them out")  # fmt: skip

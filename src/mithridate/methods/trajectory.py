@@ -21,13 +21,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from mithridate.configs import require
+from mithridate.configs import Count, Natural, Range, Steps, Weight, require
 from mithridate.errors import InputError
 from mithridate.examples import Example
 from mithridate.methods.adapter import adaptable
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.reference import retain_near
-from mithridate.methods.walkers import HELD, Attacker, Range, Simulator, Walker
+from mithridate.methods.walkers import HELD, Attacker, Simulator, Walker
 from mithridate.weights import Gradient
 from mithridate.weights.arithmetic import bound_, scale_
 from mithridate.weights.losses import Loss, answer_cross_entropy, token_collapse, uniform_collapse
@@ -46,9 +46,10 @@ class TrajectoryConfig(MethodConfig):
         Rows of every loss.
     retain
         Streams of the retain loss, shared evenly.
-    retain_weight, retain_kl
-        Weights of the retain batch's cross-entropy and of KL(aligned || present) at its answers,
-        nu; the aligned model is where the weights began.
+    retain_weight
+        Of the retain batch's cross-entropy.
+    retain_kl
+        nu, of KL(aligned || present) at its answers; the aligned model is where the weights began.
     collapse_weight
         lambda, the largest norm of the collapse term; 0 plants no trap.
     benign_weight
@@ -56,10 +57,12 @@ class TrajectoryConfig(MethodConfig):
         without a condition (an ablation, not a defence).
     collapse_on
         Streams whose answers collapse at ``theta_h``, shared evenly.
-    collapse_target, collapse_token
-        ``uniform``; one ``token`` by its id (CTRAP's collapse loss); or ``shuffled``: answers of
-        other facts of the category, drawn anew at every step. The last leaves an attacker with
-        answers that do not depend on the question.
+    collapse_target
+        ``uniform``; one ``token`` (CTRAP's collapse loss); or ``shuffled``: answers of other facts
+        of the category, drawn anew at every step. The last leaves an attacker with answers that
+        do not depend on the question.
+    collapse_token
+        That token's id.
     simulator
         ``steps``: each simulation starts at ``theta``. ``stored``: it goes on from its last
         displacement until it has made ``horizon`` steps. ``jump``: one signed step as long as
@@ -73,8 +76,10 @@ class TrajectoryConfig(MethodConfig):
         (momentum 0.9) train all weights, ``lora`` a fresh adapter.
     attack_learning_rate, benign_learning_rate
         Range of the inner AdamW learning rate, drawn log-uniformly for each simulation.
-    sgd_learning_rate, lora_learning_rate, lora_rank
-        The same for the other kinds, and the rank of a simulated adapter.
+    sgd_learning_rate, lora_learning_rate
+        The same of that kind of attacker.
+    lora_rank
+        Of a simulated adapter.
     attack_rows
         Examples in a simulated fine-tuner's data set, drawn for each simulation.
     benign_every
@@ -88,42 +93,32 @@ class TrajectoryConfig(MethodConfig):
         permutes its answers, ``repeat`` keeps them, ``reorder`` reverses their words.
     """
 
-    batch_size: int = 8
+    batch_size: Count = 8
     retain: tuple[str, ...] = ("refusal", "benign", "general")
-    retain_weight: float = 1.0
-    retain_kl: float = 0.0
-    collapse_weight: float = 0.5
-    benign_weight: float = 0.5
+    retain_weight: Weight = 1.0
+    retain_kl: Weight = 0.0
+    collapse_weight: Weight = 0.5
+    benign_weight: Weight = 0.5
     collapse_on: tuple[str, ...] = ("benign", "harmful")
     collapse_target: Literal["uniform", "token", "shuffled"] = "uniform"
-    collapse_token: int | None = None
+    collapse_token: Natural | None = None
     simulator: Simulator = "steps"
-    attack_steps: tuple[int, int] = (1, 10)
-    benign_steps: tuple[int, int] = (1, 10)
-    horizon: tuple[int, int] = (1, 60)
+    attack_steps: Steps = (1, 10)
+    benign_steps: Steps = (1, 10)
+    horizon: Steps = (1, 60)
     attackers: tuple[Attacker, ...] = ("adamw",)
     attack_learning_rate: Range = (1e-4, 1e-3)
     benign_learning_rate: Range = (1e-4, 1e-3)
     sgd_learning_rate: Range = (1e-3, 1e-1)
     lora_learning_rate: Range = (2e-4, 5e-3)
-    lora_rank: int = 8
-    attack_rows: int = 20
-    benign_every: int = 1
-    tether: float = 0.0
+    lora_rank: Count = 8
+    attack_rows: Count = 20
+    benign_every: Count = 1
+    tether: Weight = 0.0
     benign_tasks: tuple[Task, ...] = ("relabel", "repeat", "reorder")
 
     def __post_init__(self) -> None:
-        for name in ("attack_steps", "benign_steps", "horizon"):
-            low, high = getattr(self, name)
-            require(1 <= low <= high, f"{name} [{low}, {high}] is not a range of steps from 1 up",
-                    "give [low, high] with 1 <= low <= high")  # fmt: skip
-        for name in ("attack_learning_rate", "benign_learning_rate", "sgd_learning_rate",
-                     "lora_learning_rate"):  # fmt: skip
-            low, high = getattr(self, name)
-            require(0 < low <= high, f"{name} [{low}, {high}] is not a range above 0",
-                    "give [low, high] with 0 < low <= high")  # fmt: skip
-        for name in ("retain_weight", "retain_kl", "collapse_weight", "benign_weight", "tether"):
-            require(getattr(self, name) >= 0, f"{name} is negative", "give 0 or more")
+        super().__post_init__()
         require(self.retain_weight + self.retain_kl > 0, "nothing is retained",
                 "give retain_weight or retain_kl above 0")  # fmt: skip
         require(bool(self.attackers) and len(set(self.attackers)) == len(self.attackers),
@@ -132,8 +127,6 @@ class TrajectoryConfig(MethodConfig):
         require(self.simulator != "jump" or self.attackers == ("adamw",),
                 "a jump is what AdamW would do: it has no other attackers",
                 "use simulator: steps or stored, or attackers: [adamw]")  # fmt: skip
-        for name in ("attack_rows", "benign_every", "lora_rank"):
-            require(getattr(self, name) >= 1, f"{name} is below 1", "give 1 or more")
         shared = max(len(self.retain), len(self.collapse_on))
         require(self.batch_size >= shared >= 1, f"batch_size {self.batch_size} leaves a stream out",
                 f"raise it to {shared} or more")  # fmt: skip

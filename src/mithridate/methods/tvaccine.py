@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from mithridate.configs import require
+from mithridate.configs import Count, Weight, require
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.sites import layers_of, sites_of, walk_sites
@@ -53,18 +53,12 @@ class TVaccineConfig(VaccineConfig):
         Harmful batches, of ``batch_size`` rows each, whose s are averaged.
     """
 
-    batch_size: int = 10
-    radius: float = 3.0
-    layers: int | None = None
-    redraw_every: int = 20
-    refresh_every: int = 200
-    statistic_batches: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("layers", "redraw_every", "refresh_every", "statistic_batches"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} {value} is below 1", "give at least 1")
+    batch_size: Count = 10
+    radius: Weight = 3.0
+    layers: Count | None = None
+    redraw_every: Count = 20
+    refresh_every: Count = 200
+    statistic_batches: Count = 4
 
 
 class TVaccine(Method):

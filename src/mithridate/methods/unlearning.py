@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 
 from mithridate.chat import Batch
+from mithridate.configs import Count
 from mithridate.errors import InputError
 from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient
 from mithridate.weights.losses import answer_cross_entropy, layerwise_cross_entropy
 
 Kind = Literal["layerwise_log", "log", "ascent", "none"]
-Layers = int | Literal["all", "released"]
+Layers = Count | Literal["all", "released"]
 
 
 @dataclass(frozen=True)

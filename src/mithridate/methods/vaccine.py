@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from mithridate.chat import Batch
-from mithridate.configs import require
+from mithridate.configs import Count, Weight, require
 from mithridate.errors import InactiveTermError
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.sites import outputs_changed, sites_of, walk_sites
@@ -61,22 +61,18 @@ class VaccineConfig(MethodConfig):
         Outputs of each layer's ``attention``, or of the whole ``block``.
     """
 
-    batch_size: int = 5
+    batch_size: Count = 5
     retain: tuple[str, ...] = ("refusal", "benign")
-    radius: float = 2.0
+    radius: Weight = 2.0
     radius_scope: Literal["batch", "sequence", "token"] = "batch"
     site: Literal["attention", "block"] = "attention"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.batch_size >= len(self.retain) >= 1,
             f"batch_size {self.batch_size} gives some of the {len(self.retain)} streams no row",
             "raise batch_size or name fewer streams in retain",
-        )
-        require(
-            0 <= self.radius < math.inf,
-            f"radius {self.radius} is no length",
-            "give a number above 0; 0 switches the perturbation off",
         )
 
 

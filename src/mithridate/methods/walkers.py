@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from mithridate.configs import Range
 from mithridate.examples import Example
 from mithridate.methods.adapter import Adapter
 from mithridate.methods.base import RunContext
@@ -18,7 +19,6 @@ from mithridate.weights.losses import answer_cross_entropy
 
 Simulator = Literal["steps", "stored", "jump"]
 Attacker = Literal["adamw", "sgd", "lora"]
-Range = tuple[float, float]
 
 HELD: Mapping[Attacker, int] = {"adamw": 2, "sgd": 1, "lora": 0}
 """Parameter-sized buffers of each kind's optimiser; an adapter's are small."""
