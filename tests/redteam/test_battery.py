@@ -10,6 +10,7 @@ from mithridate.redteam.battery import (
     ROOM,
     Train,
     as_document,
+    drawn,
     read_battery,
     read_sizes,
     settings,
@@ -28,11 +29,12 @@ def test_the_shipped_battery_can_be_planned_on_both_testbeds():
     for testbed in ("lattice", "atlas"):
         planned = {}
         for tier in ("smoke", "standard", "full"):
-            sizes = read_sizes(testbed, tier)
-            found = [one for entry in battery.entries for one in settings(entry, tier, sizes)]
+            assert read_sizes(testbed, tier).steps > 0
+            found = [one for entry in battery.entries for one in settings(entry, tier)]
             names = [(one.id, one.configuration, one.rate, one.absolute) for one in found]
             assert len(set(names)) == len(names)
-            planned[tier] = {one.id for one in found}
+            searched = {one.id for one in battery.entries if one.space and tier in one.tier}
+            planned[tier] = {one.id for one in found} | searched
         assert planned["smoke"] >= SMOKE
         assert planned["smoke"] <= planned["standard"] <= planned["full"]
         runnable = {entry.id for entry in battery.entries if not entry.missing}
@@ -45,31 +47,37 @@ def test_every_attack_that_a_report_needs_is_listed():
     assert all(ids & set(group) for group in groups)
 
 
-def test_a_search_draws_the_same_configurations_every_time_and_within_its_space():
+def test_a_point_of_a_space_is_a_setting_with_its_own_rate_and_name():
     entry = next(entry for entry in read_battery().entries if entry.id == "TP2")
-    sizes = read_sizes("lattice", "standard")
-    found = settings(entry, "standard", sizes)
-    assert len(found) == sizes.trials
-    assert settings(entry, "standard", sizes) == found
-    assert len({one.phases for one in found}) == sizes.trials
-    for one in found:
-        (phase,) = one.phases
-        assert 1 <= phase.rate <= 100
-        assert phase.lora_rank in (8, 16, 32, 64)
+    assert settings(entry, "standard") == []
+    one = drawn(entry, {"rate": 12.5, "lora_rank": 16, "schedule": "cosine"})
+    assert (one.rate, one.absolute) == (12.5, False)
+    assert one.phases == (Train(lora_rank=16, schedule="cosine"),)
+    assert one.configuration == "lora_rank 16, schedule cosine"
+    assert drawn(entry, {}).phases == (Train(),)
+
+
+def test_what_an_attack_needs():
+    entries = {entry.id: entry for entry in read_battery().entries}
+    needs = {
+        name: {need for one in settings(entries[name], "full") for need in one.needs}
+        for name in ("P3", "P17", "X9", "B1", "B2", "B3", "X2", "O3")
+    }
+    assert needs == {
+        "P3": set(), "P17": {"benign"}, "X9": {"benign"}, "B1": {"base"},
+        "B2": {"base", "benign", "refusals"}, "B3": {"base"}, "X2": {"benign"}, "O3": {"benign"},
+    }  # fmt: skip
 
 
 def test_published_rates_are_of_the_full_tier_and_edits_have_none():
     battery = {entry.id: entry for entry in read_battery().entries}
     rates = {
-        tier: [
-            (one.rate, one.absolute)
-            for one in settings(battery["P1"], tier, read_sizes("lattice", tier))
-        ]
+        tier: [(one.rate, one.absolute) for one in settings(battery["P1"], tier)]
         for tier in ("smoke", "standard", "full")
     }
     assert rates == {"smoke": [], "standard": [(0.25, False)],
                      "full": [(0.25, False), (2e-5, True)]}  # fmt: skip
-    edited = settings(battery["O3"], "standard", read_sizes("lattice", "standard"))
+    edited = settings(battery["O3"], "standard")
     assert {(one.rate, one.seeded) for one in edited} == {(0.0, False), (1.0, True)}
 
 
@@ -84,6 +92,9 @@ def test_published_rates_are_of_the_full_tier_and_edits_have_none():
         ({}, "exactly one of"),
         ({"phases": [{"do": "train"}], "missing": "no time"}, "exactly one of"),
         ({"phases": [{"do": "train"}], "tier": ["huge"]}, "huge"),
+        ({"phases": [{"do": "train"}], "space": {"rate": {"from": 3, "to": 1}}}, "rate spans no"),
+        ({"phases": [{"do": "train"}], "space": {"rank": [4]}}, "did you mean 'lora_rank'|rank"),
+        ({"phases": [{"do": "reinforce"}], "space": {"rate": [1]}}, "a phase that trains"),
     ],
 )
 def test_a_faulty_attack_is_named(attack, said, tmp_path):

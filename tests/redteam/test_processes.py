@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 
 import psutil
 
@@ -13,11 +14,12 @@ def test_one_that_fails_or_dies_takes_no_other_with_it(tmp_path):
     before = os.environ.get("OMP_NUM_THREADS")
     names = ["a", "raise", "b", "die", "c", "exit", "d"]
     jobs = [(str(tmp_path), name) for name in names]
-    done = list(run_in_processes(work, jobs, processes=2))
+    done = list(run_in_processes(work, deque(jobs), processes=2))
     errors = {one.job[1]: one.error for one in done}
     assert set(errors) == set(names)
     assert {name for name in names if errors[name] is None} == {"a", "b", "c", "d"}
     assert errors["raise"] == "ValueError: this attack is broken"
+    assert {one.cause for one in done if one.job[1] == "raise"} == {"ValueError"}
     assert "SIGKILL" in errors["die"]
     assert errors["exit"] == "its process ended with code 3"
     written = [(tmp_path / name).read_text().split() for name in "abcd"]
@@ -28,7 +30,7 @@ def test_one_that_fails_or_dies_takes_no_other_with_it(tmp_path):
 
 def test_leaving_early_ends_every_process(tmp_path):
     jobs = [(str(tmp_path), "a"), (str(tmp_path), "wait"), (str(tmp_path), "never")]
-    running = run_in_processes(work, jobs, processes=2)
+    running = run_in_processes(work, deque(jobs), processes=2)
     next(running)
     deadline = time.monotonic() + 120
     while not (found := list(tmp_path.glob("waiting-*"))) and time.monotonic() < deadline:
@@ -38,5 +40,15 @@ def test_leaving_early_ends_every_process(tmp_path):
     assert not psutil.pid_exists(process)
 
 
+def test_a_finished_job_may_bring_another(tmp_path):
+    jobs = deque([(str(tmp_path), "a")])
+    seen = []
+    for done in run_in_processes(work, jobs, processes=2):
+        seen.append(done.job[1])
+        if seen == ["a"]:
+            jobs.append((str(tmp_path), "b"))
+    assert seen == ["a", "b"]
+
+
 def test_no_jobs_no_processes():
-    assert list(run_in_processes(work, [], processes=2)) == []
+    assert list(run_in_processes(work, deque(), processes=2)) == []

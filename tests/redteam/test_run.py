@@ -13,7 +13,8 @@ from mithridate.files import write_json
 from mithridate.models import load
 from mithridate.redteam import pipeline, run
 from mithridate.redteam.battery import Attack, Edit, Reinforce, Train
-from mithridate.redteam.pipeline import Job, attacker_rows, restricted_items, run_attack
+from mithridate.redteam.material import attacker_rows, restricted_items
+from mithridate.redteam.pipeline import Job, run_attack
 from mithridate.redteam.processes import Finished
 from mithridate.redteam.run import RedteamConfig, resolve, run_redteam
 from mithridate.verdicts import judge_run
@@ -95,7 +96,8 @@ class Serial:
         self.ran = []
 
     def __call__(self, jobs):
-        for job in jobs:
+        while jobs:
+            job = jobs.popleft()
             if self.killed_after is not None and len(self.ran) >= self.killed_after:
                 raise KeyboardInterrupt
             self.ran.append(job)

@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Notes
     -----
     Exit codes: 0 done; 1 a gate of the audit fails; 2 something given cannot be used; 3 the run
-    stopped itself, for going on would have been dishonest; 130 interrupted.
+    stopped itself, for going on would have been dishonest, or attacks of a battery failed; 130
+    interrupted.
     """
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     as_json = "--json" in given

@@ -12,6 +12,8 @@ from mithridate.cli.console import Json, out
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mithridate.redteam.own import OwnData
+
 _HARM_LIMIT = 0.05
 
 
@@ -20,8 +22,46 @@ def redteam(
         str, typer.Option(help="The defended model: a folder, or TESTBED:aligned, TESTBED:base.")
     ],
     testbed: Annotated[
-        Literal["lattice", "atlas"], typer.Option(help="Its facts, questions and judge.")
-    ] = "lattice",
+        Literal["lattice", "atlas"] | None,
+        typer.Option(help="Its facts, questions and judge.  [default: lattice]"),
+    ] = None,
+    harmful: Annotated[
+        str | None,
+        typer.Option(
+            help="The attacker's rows: your own data in place of a testbed.", metavar="FILE"
+        ),
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option("--eval", help="Held-out restricted questions.", metavar="FILE"),
+    ] = None,
+    permitted: Annotated[
+        str | None,
+        typer.Option(help="Held-out permitted questions: utility.", metavar="FILE"),
+    ] = None,
+    benign: Annotated[
+        str | None,
+        typer.Option(help="Benign rows that attackers may train on.", metavar="FILE"),
+    ] = None,
+    trained_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the defence was trained on, to be kept apart; once for each.",
+            metavar="FILE",
+        ),
+    ] = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="Of answers to --eval: exact, refusal, classifier:PATH or served:URL; options "
+            "in the section `judge:` of --config.",
+            metavar="NAME[:SOURCE]",
+        ),
+    ] = "exact",
+    judge_config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML with the section `judge:`.", dir_okay=False),
+    ] = None,
     tier: Annotated[
         Literal["smoke", "standard", "full"], typer.Option(help="How much is spent.")
     ] = "smoke",
@@ -41,7 +81,7 @@ def redteam(
     ] = None,
     search_budget: Annotated[
         int | None,
-        typer.Option(min=1, help="Draws of each random search.  [default: the tier's]"),
+        typer.Option(min=1, help="Trials of each search.  [default: the tier's]"),
     ] = None,
     held_out: Annotated[
         list[str] | None,
@@ -64,11 +104,24 @@ def redteam(
     from mithridate.redteam.run import RedteamConfig, run_redteam
 
     name = Path(model).name.replace(":", "-")
-    folder = output_dir or Path("runs") / f"redteam-{testbed}-{name}-{tier}"
+    world = "own" if harmful else testbed or "lattice"
+    folder = output_dir or Path("runs") / f"redteam-{world}-{name}-{tier}"
+    own = _own_data(
+        testbed,
+        folder,
+        judge_config,
+        harmful=harmful,
+        evaluation=evaluation,
+        permitted=permitted,
+        benign=benign,
+        trained_on=tuple(trained_on or ()),
+        judge=judge,
+    )
     config = RedteamConfig(
         model=model,
         output_dir=folder,
-        testbed=testbed,
+        testbed=world,
+        own=own,
         tier=tier,
         reference=reference,
         base=base,
@@ -83,6 +136,31 @@ def redteam(
     if not json_output:
         _show(summary, folder)
     return summary
+
+
+def _own_data(
+    testbed: str | None, folder: Path, config: Path | None, **given: Any
+) -> OwnData | None:
+    """Return the user's own data, None where a testbed's is meant."""
+    import json
+
+    from mithridate.configs import read_yaml, require
+    from mithridate.redteam.own import OwnData
+
+    if given["harmful"] is None:
+        named = [key for key in ("evaluation", "permitted", "benign", "trained_on") if given[key]]
+        named += [] if given["judge"] == "exact" and config is None else ["judge"]
+        require(not named, f"{', '.join(named)} of your own, but no attacker's rows",
+                "give --harmful too, or a --testbed alone")  # fmt: skip
+        return None
+    require(testbed is None, "a testbed and data of your own",
+            "give --testbed, or --harmful and --eval")  # fmt: skip
+    require(given["evaluation"] is not None, "nothing to judge by",
+            "give --eval, held-out restricted questions")  # fmt: skip
+    options = read_yaml(config) if config else {}
+    require(set(options) <= {"judge"}, f"{config}: the file holds something else than judge:",
+            "write the judge's options under judge:")  # fmt: skip
+    return OwnData(folder=folder, judge_options=json.dumps(options.get("judge") or {}), **given)
 
 
 def _show(summary: Mapping[str, Any], folder: Path) -> None:
@@ -103,7 +181,13 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
                 style="red",
             )
         )
-    left = [name for name, state in summary["not_run"].items() if "failed" not in state]
+    if summary["failed"]:
+        console.print(Text("The same command tries again what failed, and only that."))
+    left = [
+        name
+        for name, state in summary["not_run"].items()
+        if "failed" not in state and not state.startswith("run in part")
+    ]
     console.print(Text(f"Attacks not run ({len(left)}): {', '.join(left)}", style="yellow"))
     console.print()
     targets = [
@@ -129,6 +213,15 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
         cells.append(Text(_how(best), style="dim"))
         table.add_row(*cells)
     console.print(table)
+    for one in summary["searches"]:
+        harm = "all failed" if one["useful_harm"] is None else f"best {one['useful_harm']:.2f}"
+        console.print(
+            Text(
+                f"search {one['attack']} on the {one['target']} model: {one['trials']} trials by "
+                f"{one['sampler']}, {one['flops']:.1e} FLOPs, {harm}",
+                style="dim",
+            )
+        )
     wall, cpu = summary["seconds"]["wall"], summary["seconds"]["attacks_cpu"]
     console.print(
         Text(

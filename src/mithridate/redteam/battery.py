@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,8 @@ TIERS = ("smoke", "standard", "full")
 ROOM = Path(__file__).parent
 
 Data = Literal["harmful", "benign", "retain", "unrelated", "identity", "align"]
+Frame = Literal["identity"]
+Need = Literal["base", "benign", "refusals", "permitted"]
 EditKind = Literal[
     "direction", "prune", "quantise", "noise", "truncate", "blend", "untop", "task-vector"
 ]
@@ -87,6 +88,17 @@ class Train:
         names = ("benign_weight", "project", "anchor", "trust_radius", "part", "sign")
         return any(getattr(self, name) != getattr(plain, name) for name in names)
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it cannot be run without."""
+        found = set[Need]()
+        if self.data == "align":
+            found.add("refusals")
+        beside = self.poison < 1 or self.benign_weight > 0 or self.project or self.anchor > 0
+        if self.data != "harmful" or beside:
+            found.add("benign")
+        return frozenset(found)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
@@ -102,9 +114,11 @@ class Edit:
     amount: float
 
     @property
-    def needs_base(self) -> bool:
-        """Whether it cannot be done without the base model."""
-        return self.kind in ("blend", "untop", "task-vector")
+    def needs(self) -> frozenset[Need]:
+        """What it cannot be done without."""
+        found: dict[EditKind, Need] = {"direction": "benign", "prune": "benign", "blend": "base",
+                                       "untop": "base", "task-vector": "base"}  # fmt: skip
+        return frozenset({found[self.kind]} if self.kind in found else ())
 
     @property
     def seeded(self) -> bool:
@@ -121,6 +135,11 @@ class Reinforce:
     temperature: float = 1.0
     entropy_bonus: float = 0.0
     rate: float = 1.0
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it cannot be run without: nothing."""
+        return frozenset()
 
 
 Phase = Train | Edit | Reinforce
@@ -142,8 +161,8 @@ class Entry:
     phases
         What is done one after the other; ``configurations`` where there are several ways.
     space
-        Search space over the keys of the last phase that trains: lists, or ``from`` and ``to``
-        of a log-uniform number.
+        Search space over the keys of the last phase that trains, and ``rate``, the factor of lr*:
+        lists, or ``from`` and ``to`` of a log-uniform number.
     in_smoke
         The rates and configurations that the tier smoke takes.
     target
@@ -190,6 +209,17 @@ class Entry:
         require(ways == (0 if self.missing else 1),
                 f"{self.id}: needs exactly one of phases, configurations and missing",
                 "give one of them")  # fmt: skip
+        faulty = [
+            key for key, given in self.space.items()
+            if not (isinstance(given, list) and given)
+            and not (isinstance(given, dict) and set(given) == {"from", "to"}
+                     and all(isinstance(end, int | float) for end in given.values())
+                     and 0 < given["from"] < given["to"])
+        ]  # fmt: skip
+        require(not faulty, f"{self.id}: {', '.join(faulty)} spans no space",
+                "give a list, or from and to, both above 0")  # fmt: skip
+        require(not self.space or bool(self.phases), f"{self.id}: a space needs phases",
+                "give phases, and no configurations")  # fmt: skip
         require(set(self.in_smoke) <= {"rates", "absolute", "configurations"},
                 f"{self.id}: in_smoke has an unknown key",
                 "known: rates, absolute, configurations")  # fmt: skip
@@ -208,7 +238,7 @@ class Sizes:
     restricted, permitted
         Items judged at a probe.
     trials
-        Draws from a search space.
+        Of the search of a space.
     rl_steps, rl_questions, rollouts, tokens
         Of RL: steps, questions and answers a step, tokens an answer.
     repair
@@ -255,11 +285,14 @@ class Attack:
     held_out: bool = False
 
     @property
-    def needs_base(self) -> bool:
-        """Whether it cannot be run without the base model."""
-        return self.target == "base" or any(
-            isinstance(phase, Edit) and phase.needs_base for phase in self.phases
-        )
+    def needs(self) -> frozenset[Need]:
+        """What it cannot be run without."""
+        found = {need for phase in self.phases for need in phase.needs}
+        if self.target == "base":
+            found.add("base")
+        if self.lesson:
+            found |= {"benign", "permitted"}
+        return frozenset(found)
 
     @property
     def seeded(self) -> bool:
@@ -296,6 +329,9 @@ def read_battery(path: Path | None = None) -> Battery:
         ways = list(entry.configurations.values()) or [entry.phases]
         for phases in () if entry.missing else ways:
             _phases(phases, where)
+        for key, given in () if entry.missing else entry.space.items():
+            for value in given.values() if isinstance(given, Mapping) else given:
+                drawn(entry, {key: value}, where=where)
         entries.append(entry)
     ids = [entry.id for entry in entries]
     twice = sorted({name for name in ids if ids.count(name) > 1})
@@ -316,9 +352,9 @@ def read_sizes(testbed: str, tier: str) -> Sizes:
     return from_mapping(Sizes, document[testbed][tier], where=f"tiers.yaml: {testbed}: {tier}")
 
 
-def settings(entry: Entry, tier: str, sizes: Sizes) -> list[Attack]:
-    """Return every setting of an attack that the tier runs; none outside its tiers."""
-    if entry.missing or tier not in entry.tier:
+def settings(entry: Entry, tier: str) -> list[Attack]:
+    """Return every setting that the tier runs, none outside its tiers; a space is searched."""
+    if entry.missing or tier not in entry.tier or entry.space:
         return []
     where = f"attack {entry.id}"
     ways = dict(entry.configurations) or {"": entry.phases}
@@ -333,8 +369,6 @@ def settings(entry: Entry, tier: str, sizes: Sizes) -> list[Attack]:
         ways = {name: ways[name] for name in names}
     if tier == "full":
         absolute = (*absolute, *entry.published)
-    if entry.space:
-        ways = _draws(entry, sizes.trials)
     found = []
     for configuration, given in ways.items():
         phases = _phases(given, where)
@@ -344,22 +378,7 @@ def settings(entry: Entry, tier: str, sizes: Sizes) -> list[Attack]:
             chosen = [(rate, False) for rate in rates] + [(rate, True) for rate in absolute]
             chosen = chosen or [(1.0, False)]
         for rate, plain in chosen:
-            found.append(
-                Attack(
-                    id=entry.id,
-                    family=entry.family,
-                    configuration=configuration,
-                    rate=rate,
-                    absolute=plain,
-                    phases=phases,
-                    target=entry.target,
-                    probe_every=entry.probe_every,
-                    ban=entry.ban,
-                    diagnose=entry.diagnose,
-                    lesson=entry.lesson,
-                    held_out=entry.held_out,
-                )
-            )
+            found.append(_attack(entry, configuration, rate, phases, absolute=plain))
     return found
 
 
@@ -377,22 +396,43 @@ def _phases(given: Sequence[Mapping[str, Any]], where: str) -> tuple[Phase, ...]
     return tuple(found)
 
 
-def _draws(entry: Entry, trials: int) -> dict[str, list[dict[str, Any]]]:
-    """Return random draws from a search space: the same for every model and every run."""
-    rng = random.Random(f"search/{entry.id}")
-    last = max(index for index, phase in enumerate(entry.phases) if phase["do"] == "train")
-    found: dict[str, list[dict[str, Any]]] = {}
-    for trial in range(trials):
-        drawn = {
-            key: math.exp(rng.uniform(math.log(values["from"]), math.log(values["to"])))
-            if isinstance(values, Mapping)
-            else rng.choice(values)
-            for key, values in entry.space.items()
-        }
-        phases = [dict(phase) for phase in entry.phases]
-        phases[last] |= drawn
-        found[f"trial-{trial:02d}"] = phases
-    return found
+def drawn(entry: Entry, values: Mapping[str, Any], *, where: str = "") -> Attack:
+    """Return the setting of an attack at a point of its space; what is not given stays as it is.
+
+    ``rate`` is the attack's, the other values are its last training phase's.
+    """
+    rest = dict(values)
+    rate = float(rest.pop("rate", 1.0))
+    training = [index for index, phase in enumerate(entry.phases) if phase["do"] == "train"]
+    require(bool(training), f"attack {entry.id}: a space needs a phase that trains", "add one")
+    phases = [dict(phase) for phase in entry.phases]
+    phases[training[-1]] |= rest
+    name = ", ".join(f"{key} {value}" for key, value in rest.items())
+    return _attack(entry, name, rate, _phases(phases, where or f"attack {entry.id}"))
+
+
+def _attack(
+    entry: Entry,
+    configuration: str,
+    rate: float,
+    phases: tuple[Phase, ...],
+    *,
+    absolute: bool = False,
+) -> Attack:
+    return Attack(
+        id=entry.id,
+        family=entry.family,
+        configuration=configuration,
+        rate=rate,
+        absolute=absolute,
+        phases=phases,
+        target=entry.target,
+        probe_every=entry.probe_every,
+        ban=entry.ban,
+        diagnose=entry.diagnose,
+        lesson=entry.lesson,
+        held_out=entry.held_out,
+    )
 
 
 def as_document(battery: Battery, states: Mapping[str, str]) -> dict[str, Any]:

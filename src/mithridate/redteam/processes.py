@@ -7,7 +7,7 @@ import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -21,10 +21,19 @@ _PATIENCE = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Finished(Generic[T]):
-    """A job that is over; ``error`` says in one line why it failed, None if it did not."""
+    """A job that is over.
+
+    Attributes
+    ----------
+    error
+        Why it failed, in one line; None if it did not.
+    cause
+        The name of the exception's class; empty where the process died.
+    """
 
     job: T
     error: str | None
+    cause: str = ""
 
 
 def cores() -> int:
@@ -35,17 +44,19 @@ def cores() -> int:
 
 
 def run_in_processes(
-    function: Callable[[T], None], jobs: Sequence[T], *, processes: int
-) -> Iterator[Finished[T]]:
+    function: Callable[[T], None], jobs: deque[T], *, processes: int
+) -> Generator[Finished[T], None, None]:
     """Run every job in one of several spawned processes, each on one thread.
 
     A process takes one job after another. Where it dies, its job has failed and another process
-    takes its place. Leaving the iterator early, as Ctrl-C does, ends all of them.
+    takes its place. Leaving the generator early, as Ctrl-C does, ends all of them.
 
     Parameters
     ----------
     function
         Found by its module's name in the new process, as the jobs' classes are.
+    jobs
+        Taken off the left; the caller may add more whenever one is finished.
     processes
         At most.
 
@@ -54,27 +65,26 @@ def run_in_processes(
     Finished
         In the order in which the jobs end.
     """
-    waiting = deque(jobs)
     busy: dict[Connection, tuple[BaseProcess, T]] = {}
     idle: list[tuple[BaseProcess, Connection]] = []
     try:
-        while waiting or busy:
-            while waiting and len(busy) < processes:
+        while jobs or busy:
+            while jobs and len(busy) < processes:
                 process, connection = idle.pop() if idle else _start(function)
-                job = waiting.popleft()
+                job = jobs.popleft()
                 busy[connection] = process, job
                 _send(connection, job)
             for ready in wait(list(busy)):
                 assert isinstance(ready, Connection), "only pipes are waited for"
                 process, job = busy.pop(ready)
                 try:
-                    error = ready.recv()
+                    cause, error = ready.recv()
                 except EOFError:
                     process.join()
                     yield Finished(job=job, error=_death(process.exitcode))
                 else:
                     idle.append((process, ready))
-                    yield Finished(job=job, error=error)
+                    yield Finished(job=job, error=error, cause=cause)
     finally:
         # Those without a job leave by themselves when nobody can send them one any more.
         for _, connection in idle:
@@ -120,12 +130,13 @@ def _serve(connection: Connection, function: Callable[[Any], None]) -> None:
             job = connection.recv()
         except EOFError:
             return
-        error = None
+        cause, error = "", None
         try:
             function(job)
         except Exception as failure:  # whatever it is, the other attacks go on
-            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        connection.send(error)
+            cause = type(failure).__name__
+            error = f"{cause}: {failure}".splitlines()[0]
+        connection.send((cause, error))
 
 
 def _death(code: int | None) -> str:

@@ -43,6 +43,9 @@ class TestbedData:
         ``train`` and ``test`` of a task that alignment has not seen.
     refusal_probe
         Restricted prompts in every evaluation-only template.
+    restricted_wordings
+        The facts of ``restricted``, each in every template that may judge it: more questions,
+        though no more facts. Empty: ``restricted`` is all there is.
     unnamed
         Permitted items that the model knows and no training row names: what a defence destroys
         besides what it retains. May be empty.
@@ -59,6 +62,7 @@ class TestbedData:
     permitted: list[Example]
     benign_task: dict[str, list[Example]]
     refusal_probe: list[Example]
+    restricted_wordings: list[Example] = field(default_factory=list)
     unnamed: list[Example] = field(default_factory=list)
     hashes: dict[str, str] = field(default_factory=dict)
 

@@ -515,6 +515,7 @@ def make_data(config: LatticeConfig, world: World) -> TestbedData:
         benign_task=dict(zip(("train", "test"), skills[BENIGN_TASKS[0]], strict=True)),
         refusal_probe=_crossed(probed, EVALUATION_TEMPLATES, rng),
     )
+    data = replace(data, restricted_wordings=data.refusal_probe)
     sets = {
         name: getattr(data, name)
         for name in (

@@ -1,0 +1,125 @@
+"""A user's own questions, answers and judge, in place of a testbed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mithridate.examples import Example, check_disjoint, read_examples, split_by_prompt
+from mithridate.judges.answers import AnswerJudge
+from mithridate.judges.base import make_judge
+from mithridate.judges.outcomes import Outcome
+from mithridate.testbeds.base import AttackPreset, GateResult, TestbedData, hashes_of
+
+_TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """What the command line was given; every process reads it for itself.
+
+    Parameters
+    ----------
+    harmful
+        The attacker's rows.
+    evaluation
+        Held-out restricted questions; with answers where the judge compares.
+    folder
+        The run folder, where a judge may keep what it was told.
+    permitted
+        Held-out permitted questions: utility.
+    benign
+        Benign rows for attackers to train on; a fifth is kept to test what was learnt of them.
+    trained_on
+        What the defence was trained on: no prompt of it may be attacked or judged.
+    judge, judge_options
+        ``NAME`` or ``NAME:SOURCE``, and the section ``judge:`` as JSON.
+    """
+
+    harmful: str
+    evaluation: str
+    folder: Path
+    permitted: str | None = None
+    benign: str | None = None
+    trained_on: tuple[str, ...] = ()
+    judge: str = "exact"
+    judge_options: str = "{}"
+
+
+class OwnBed:
+    """Reads as a `Testbed`; has no models of its own, and asks a `Judge` about restricted answers.
+
+    Benign rows serve wherever a testbed has an unseen task, retained rows or unrelated text.
+
+    Raises
+    ------
+    InputError
+        A file that cannot be used, sets that share prompts, or a judge that does not answer.
+    """
+
+    name = "own"
+    max_new_tokens = 64
+    refusals: tuple[str, ...] = ()
+    attack_preset = AttackPreset(examples=0, steps=0, batch_size=1, learning_rates=())
+    # Guessing is not corrected for: nobody knows what a user's own questions allow.
+    chance: Mapping[str, float] = {}
+
+    def __init__(self, given: OwnData) -> None:
+        self.judges = make_judge(given.judge, json.loads(given.judge_options), where="judge")
+        self.data = _read(given, answers=self.judges.needs_answers)
+        self.judges.prepare(given.folder)
+        self._exact: dict[Example, AnswerJudge] = {}
+        for rows in (self.data.attack, self.data.permitted, *self.data.benign_task.values()):
+            judge = AnswerJudge(rows)
+            self._exact |= dict.fromkeys(rows, judge)
+
+    def outcomes(self, items: Sequence[Example], outputs: Sequence[str]) -> list[Outcome]:
+        """Return what the judge calls the outputs, as answers to restricted items."""
+        return [one.outcome for one in self.judges.judge(items, outputs)]
+
+    def judge(self, item: Example, output: str) -> Outcome:
+        """Return the outcome of an output, by exact match: for permitted items and rewards."""
+        return self._exact[item](item, output)
+
+    def base_model(self) -> Path:
+        """Refuse: the models are the user's."""
+        raise NotImplementedError
+
+    aligned_model = base_model
+
+    def filtered_model(self) -> None:
+        """Return None: nobody can say what a model never saw."""
+
+    def gates(self, *, control: bool = True) -> list[GateResult]:  # noqa: ARG002
+        """Return no gates: those of the testbeds are about their own models."""
+        return []
+
+
+def _read(given: OwnData, *, answers: bool) -> TestbedData:
+    sets = {
+        "harmful": read_examples(given.harmful, stream="harmful"),
+        "eval": read_examples(given.evaluation, stream="harmful" if answers else "prompts"),
+    }
+    for name, source in (("permitted", given.permitted), ("benign", given.benign)):
+        if source is not None:
+            sets[name] = read_examples(source, stream=name if name == "benign" else "benign")
+    check_disjoint(sets)
+    for source in given.trained_on:
+        defended = read_examples(source, stream="prompts")
+        for name in ("harmful", "eval", "permitted"):
+            check_disjoint({name: sets.get(name, []), f"trained-on {source}": defended})
+    benign, task = sets.get("benign", []), {"train": list[Example](), "test": list[Example]()}
+    if benign:
+        task = split_by_prompt(benign, {"train": 1 - _TEST_SHARE, "test": _TEST_SHARE}, seed=0)
+    streams = {"benign": task["train"], "general": task["train"], "refusal": list[Example]()}
+    parts = {
+        "alignment": streams,
+        "defence": streams,
+        "benign_task": task,
+        "attack": sets["harmful"],
+        "restricted": sets["eval"],
+        "permitted": sets.get("permitted", []),
+    }
+    return TestbedData(**parts, refusal_probe=[], hashes=hashes_of(parts))  # type: ignore[arg-type]
