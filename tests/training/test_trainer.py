@@ -337,7 +337,12 @@ def test_values_out_of_range_are_refused_by_name(fault):
         TrainingConfig(**fault)
 
 
-def test_the_trainer_says_nothing_on_the_log(tmp_path, caplog):
+def test_the_trainer_says_nothing_on_the_log(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = dataclasses.replace(CONFIG, save_every=2)
     with caplog.at_level(logging.WARNING):
-        go(tmp_path)
+        with pytest.raises(NonFiniteError):
+            go(tmp_path, made=with_terms(lambda step: {"x": math.nan if step == 3 else 1.0}, "sft"),
+               config=config)  # fmt: skip
+        go(tmp_path, config=config)
     assert not caplog.records

@@ -186,6 +186,12 @@ class ImmunisationTrainer(Trainer):
             raise NonFiniteError("gradient", norm)
         return norm
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A checkpoint holds tied weights once, which the Trainer takes for a loss.
+        tied: set[str] = set(getattr(self.model, "all_tied_weights_keys", ()))
+        odd = (set(load_result.missing_keys) - tied) | set(load_result.unexpected_keys)
+        assert not odd, f"a sealed checkpoint is whole, but for {odd}"
+
     def _draw(self, name: str, rows: int) -> Batch:
         return self._sampler(name).draw(rows)
 
