@@ -116,7 +116,7 @@ def _read(given: OwnData, *, answers: bool) -> TestbedData:
     streams = {"benign": task["train"], "general": task["train"], "refusal": list[Example]()}
     parts = {
         "alignment": streams,
-        "defence": streams,
+        "defence": {"benign": task["train"]},
         "benign_task": task,
         "attack": sets["harmful"],
         "restricted": sets["eval"],
