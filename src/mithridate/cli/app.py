@@ -16,6 +16,7 @@ from mithridate.allocation import keep_freed_memory
 from mithridate.cli import (
     attack,
     audit,
+    claims,
     cost,
     demo,
     doctor,
@@ -24,6 +25,7 @@ from mithridate.cli import (
     methods,
     redteam,
     report,
+    utility,
     verdict,
 )
 from mithridate.cli.console import (
@@ -52,7 +54,9 @@ app.command()(redteam.redteam)
 app.command()(audit.audit)
 app.command()(report.report)
 app.command()(verdict.verdict)
+app.command()(utility.utility)
 app.command()(economics.economics)
+app.command()(claims.claims)
 app.command()(methods.methods)
 app.command()(cost.cost)
 app.command()(doctor.doctor)

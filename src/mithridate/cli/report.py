@@ -1,4 +1,4 @@
-"""`mithridate report`: a finished run folder as one page."""
+"""`mithridate report`: a run folder as one page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mithridate.cli.console import Json, out
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    run_dir: Annotated[Path, typer.Argument(help="Run folder of a demo, an attack or a battery.")],
     reveal: Annotated[
         bool, typer.Option("--reveal", help="Show sample answers of your own data too.")
     ] = False,

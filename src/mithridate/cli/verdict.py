@@ -28,13 +28,21 @@ def verdict(
     json_output: Json = False,
 ) -> dict[str, Any]:
     """Say what a run folder's measurements allow."""
+    from mithridate.errors import InputError
     from mithridate.files import write_json
+    from mithridate.reports import render_report
     from mithridate.verdicts import judge_run
 
     document = judge_run(run_dir, beside=tuple(beside or ()))
     write_json(run_dir / "verdict.json", document)
+    try:
+        page = f"Report: {render_report(run_dir, verdict=document)}"
+    except InputError as error:
+        # A verdict asks less of a folder than a page does.
+        page = f"No report: {error.what}"
     if not json_output:
         _show(document)
+        out().print(f"\n{page}", markup=False, soft_wrap=True)
     return document
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from mithridate import __version__
 from mithridate.printable import printable
 from mithridate.reports.charts import LineChart, Series, percent
-from mithridate.reports.page import _asset, _csp_hash, _embedded
+from mithridate.reports.html import render
 
 _KINDS = {"fail": "fails", "warn": "partly", "pass": "holds", "skipped": "void"}
 _SUBTITLES = {
@@ -44,15 +42,10 @@ def audit_page(document: Mapping[str, Any]) -> str:
     Texts are shown only where the document holds them, which takes ``--reveal``.
     """
     charts: dict[str, Any] = {}
-    style, script = _asset("report.css"), _asset("report.js")
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        loader=jinja2.PackageLoader("mithridate.reports"),
-        trim_blocks=True,
-    )
     embedding = document["coverage"]["embedding"]
-    return environment.get_template("audit.html.j2").render(
+    return render(
+        "audit.html.j2",
+        charts,
         kind=_KINDS[document["verdict"]],
         subtitle=_SUBTITLES[document["verdict"]],
         headline=headline(document),
@@ -84,12 +77,6 @@ def audit_page(document: Mapping[str, Any]) -> str:
         provenance=document["provenance"],
         percent=percent,
         p_value=_p_value,
-        script=Markup(script),
-        script_hash=_csp_hash(script),
-        style=Markup(style),
-        style_hash=_csp_hash(style),
-        version=__version__,
-        chart_data=_embedded(charts),
     )
 
 

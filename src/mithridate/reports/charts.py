@@ -207,6 +207,57 @@ class ShareBar:
         ).format(width, height, self.description, Markup("").join(parts))
 
 
+@dataclass(frozen=True, kw_only=True)
+class IntervalBar:
+    """A share with its interval on a line from 0 to 1, as a small strip.
+
+    Parameters
+    ----------
+    limit
+        Drawn as a dashed line.
+    other
+        A share to compare with, drawn as a hollow dot.
+    role
+        The style sheet's class of the interval (``kept``, ``warned``, ``harmful``, ``soft``).
+    """
+
+    description: str
+    low: float
+    estimate: float
+    high: float
+    limit: float
+    role: str
+    other: float | None = None
+
+    def svg(self) -> Markup:
+        """Return the drawing."""
+        width, height, margin = 150.0, 16.0, 6.0
+
+        def x(share: float) -> float:
+            return round(margin + min(max(share, 0.0), 1.0) * (width - 2 * margin), 2)
+
+        parts = [
+            Markup('<rect class="gauge-track" x="{}" y="6.5" width="{}" height="3" rx="1.5"/>')
+            .format(x(0), x(1) - x(0)),
+            Markup('<path class="limit" d="M{x} 1V15"/>').format(x=x(self.limit)),
+            Markup('<path class="interval {}" d="M{} 8H{}"/>').format(
+                self.role, x(self.low), x(self.high)
+            ),
+        ]  # fmt: skip
+        if self.other is not None:
+            parts.append(
+                Markup('<circle class="other" cx="{}" cy="8" r="3.4"/>').format(x(self.other))
+            )
+        parts.append(
+            Markup('<circle class="point {}" cx="{}" cy="8" r="3.4"/>').format(
+                self.role, x(self.estimate)
+            )
+        )
+        return Markup(
+            '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+        ).format(width, height, self.description, Markup("").join(parts))
+
+
 def percent(share: float) -> str:
     """Return a share as a whole percentage, its sign kept on the same line."""
     return f"{100 * share:.0f}\u00a0%"
@@ -246,4 +297,4 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-__all__ = ["LineChart", "Marker", "Series", "ShareBar", "percent", "stretches"]
+__all__ = ["IntervalBar", "LineChart", "Marker", "Series", "ShareBar", "percent", "stretches"]

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
-from mithridate import __version__
 from mithridate.errors import InputError
 from mithridate.files import write_atomic
 from mithridate.measures.trajectory import UTILITY_FLOOR, wilson
 from mithridate.printable import printable
 from mithridate.reports.charts import LineChart, Marker, Series, ShareBar, percent, stretches
 from mithridate.reports.conclusion import HARM_LIMIT, conclude
+from mithridate.reports.html import flat, printable_lines, render
 from mithridate.reports.limits import NOT_RUN, validity_limits
 from mithridate.reports.run_folder import TARGETS, RunFolder, read_run
+from mithridate.reports.verdict_page import battery_page, section
 from mithridate.testbeds import TESTBEDS
 
 NAMES = {"undefended": "Undefended", "defended": "Immunised"}
@@ -65,22 +61,32 @@ _TERMS = {
 _NOT_TERMS = {"step", "learning_rate", "seconds", "epoch", "grad_norm", "loss"}
 
 
-def render_report(run_dir: Path, *, reveal: bool = False) -> Path:
+def render_report(
+    run_dir: Path, *, reveal: bool = False, verdict: Mapping[str, Any] | None = None
+) -> Path:
     """Write ``report.html`` into the run folder and return its path.
 
     Parameters
     ----------
     run_dir
-        A finished run folder (`RunFolder`).
+        A finished run folder (`RunFolder`), or that of a battery.
     reveal
         Show the sample answers of a user's own data too; by default only those of the harmless
         testbeds are shown, others by category and length.
+    verdict
+        The run's verdict, where it is already known.
 
     Raises
     ------
     InputError
         The folder is incomplete, its files disagree, or the undefended control is missing.
+    GateError
+        A gate stops the verdict of a battery: there is nothing else to report.
     """
+    path = run_dir / "report.html"
+    if (run_dir / "attacks.jsonl").exists():
+        write_atomic(path, battery_page(run_dir, verdict))
+        return path
     run = read_run(run_dir)
     _check_agreement(run)
     charts: dict[str, Any] = {}
@@ -89,15 +95,10 @@ def render_report(run_dir: Path, *, reveal: bool = False) -> Path:
     harmless = testbed in TESTBEDS.names()
     judge = str(summary.get("attack", {}).get("judge", {}).get("name", "exact"))
     conclusion = conclude(summary, questions=_size(run, "n_restricted"))
-    style, script = _asset("report.css"), _asset("report.js")
     seeds = summary.get("seeds", [summary["seed"]] if "seed" in summary else [])
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        loader=jinja2.PackageLoader("mithridate.reports"),
-        trim_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
+        charts,
         attack=_attack(summary.get("attack")),
         attacks=_attacks(run, charts),
         chips=[chip for chip in (testbed, method, *(f"seed {seed}" for seed in seeds)) if chip],
@@ -114,7 +115,7 @@ def render_report(run_dir: Path, *, reveal: bool = False) -> Path:
         harm_meaning=_harm_meaning(judge, harmless=harmless),
         has_benign="benign_finetuning" in summary,
         limits=validity_limits(testbed, judge),
-        manifest=list(_flat(run.manifest)),
+        manifest=list(flat(run.manifest)),
         method=method or "the method",
         not_run=NOT_RUN,
         outcome_names=OUTCOMES.items(),
@@ -125,23 +126,12 @@ def render_report(run_dir: Path, *, reveal: bool = False) -> Path:
         preliminary=_preliminary(len(seeds)),
         samples=_samples(run, shown=reveal or harmless),
         samples_note=_samples_note(shown=reveal or harmless),
-        script=Markup(script),
-        script_hash=_csp_hash(script),
-        style=Markup(style),
-        style_hash=_csp_hash(style),
         subtitle=_VERDICTS[conclusion.kind],
         title=" · ".join(part for part in (testbed, method) if part) or run_dir.name,
-        version=__version__,
-        chart_data=_embedded(charts),
+        verdict=section(run_dir, verdict),
     )
-    path = run_dir / "report.html"
     write_atomic(path, page)
     return path
-
-
-def printable_lines(text: str) -> str:
-    """Return ``text`` with `printable` applied to each line."""
-    return "\n".join(printable(line) for line in text.splitlines())
 
 
 _READ = {
@@ -165,20 +155,6 @@ def _check_agreement(run: RunFolder) -> None:
                 where=str(run.path),
                 mend="the folder mixes two runs: run the command again into an empty folder",
             )
-
-
-def _asset(name: str) -> str:
-    return (files("mithridate.reports") / "templates" / name).read_text(encoding="utf-8")
-
-
-def _csp_hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
-
-
-def _embedded(value: Any) -> Markup:
-    """Return JSON that no content can end the surrounding script element from."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def _rate(value: float) -> str:
@@ -496,15 +472,3 @@ def _cost(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _number(value: Any) -> str:
     return f"{value:,.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix} · {key}" if prefix else str(key))
-    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-        for index, inner in enumerate(value, start=1):
-            yield from _flat(inner, f"{prefix} {index}")
-    else:
-        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        yield printable(prefix), printable(text, limit=400)
