@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import math
 import random
 import sys
@@ -25,12 +26,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import common
 import concerns_report
@@ -48,7 +50,7 @@ from mithridate.examples import Example, check_disjoint, fingerprint
 from mithridate.files import sha256_file, sha256_of, write_json
 from mithridate.measures.line_scan import LINES, Line, line_scan, unit_line
 from mithridate.measures.probe import chance_corrected, probe, stratified
-from mithridate.measures.progress import Axis, gradient_cosine
+from mithridate.measures.progress import Axis, gradient_cosine, unadapted
 from mithridate.testbeds.lattice import (
     ATTACK_TEMPLATES,
     DEFENCE_TEMPLATES,
@@ -67,16 +69,16 @@ from mithridate.weights.losses import (
 EXPERIMENTS = ("data", "step", "base", "overlap")
 UNDEFENDED = common.UNDEFENDED
 CIPHER = ("cipher",)
-STEPS = 80
-POINTS = (1, 5, 20, 80)
-FINE_POINTS = (1, 2, 3, 5, 8, 12, 20, 30, 40, 60, 80, 120, 160)
+STEPS = 40
+POINTS = (1, 5, 20, 40)
+FINE_POINTS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 100)
 RATES = (1e-4, 5e-4)
 """Of attacks that ask how much can be had, not at which step size."""
 GRID = {
-    "sgd": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
-    "adamw": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-    "sign": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
-    "lora": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+    "sgd": (1e-7, 1e-5, 1e-3, 1e-2, 1e-1, 1.0),
+    "adamw": (1e-7, 1e-5, 1e-4, 1e-3, 1e-2),
+    "sign": (1e-7, 1e-5, 1e-4, 1e-3, 1e-2),
+    "lora": (1e-7, 1e-5, 1e-4, 1e-3, 1e-2),
 }
 """Learning rates of each optimiser. A clipped step of SGD is as long as its rate, and one of the
 others about a thousand times longer on this model, so SGD gets two more."""
@@ -124,6 +126,7 @@ class Scene:
         self.attack_rows = bed.data.attack[: bed.attack_preset.examples]
         self.batch_size = bed.attack_preset.batch_size
         self.cells: list[Row] = []
+        self._planted_here: set[Path] = set()
         check_disjoint({"defence": bed.data.defence["harmful"], "attack": bed.data.attack,
                         "evaluation": self.restricted})  # fmt: skip
 
@@ -165,9 +168,8 @@ class Scene:
     ) -> Path:
         config = DemoConfig(testbed=self.bed.name, method=name, seed=seed, output_dir=place)
         method, training = read_method(preset, config)
-        if (place / "model" / "config.json").exists():
+        if place in self._planted_here:
             return place / "model"
-        sys.stderr.write(f"planting {name} (seed {seed})\n")
         aligned = self.bed.aligned_model()
         data = self.bed.data.defence
         streams = {
@@ -182,7 +184,9 @@ class Scene:
         }
         model = AutoModelForCausalLM.from_pretrained(aligned)
         tokenizer = AutoTokenizer.from_pretrained(aligned)
-        immunise(model, tokenizer, streams, method, training, place)
+        sys.stderr.write(f"planting {name} (seed {seed})\n")
+        immunise(model, tokenizer, streams, method, training, place)  # a finished run is loaded
+        self._planted_here.add(place)
         return place / "model"
 
     def roles(self, role: str) -> list[str]:
@@ -208,7 +212,7 @@ class Scene:
             found = _finite({"kind": kind, **named, **make()})
             write_json(path, found | {"cpu_seconds": round(time.process_time() - cpu, 2)})
             sys.stderr.write(f"{kind} {' '.join(map(str, named.values()))[:110]}\n")
-        kept: Row = yaml.safe_load(path.read_text(encoding="utf-8"))
+        kept: Row = json.loads(path.read_text(encoding="utf-8"))
         self.cells.append(kept)
         return kept
 
@@ -303,7 +307,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-# 1. Harmful data -----------------------------------------------------------------------------------
+# 1. Harmful data ----------------------------------------------------------------------------------
 
 
 def bipartition(categories: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
@@ -348,41 +352,40 @@ def data_requirement(scene: Scene, seed: int, names: Sequence[str]) -> None:
     rungs = ladder(bed, seen, unseen)
     held = [row for row in bed.data.defence["harmful"] if row.category in seen]
     for rung, (_, rows) in rungs.items():
-        scene.cell("shift", {"bipartition": seed, "rung": rung}, lambda rows=rows: {
-            "mmd2": mmd(*_vectors(held, rows), permutations=200, seed=seed).value,
-        })  # fmt: skip
+        keys = {"bipartition": seed, "rung": rung}
+        scene.cell("shift", keys, partial(_shift, held, rows))
     for name in (UNDEFENDED, *names):
         defended = None if name == UNDEFENDED else seen
         # A model that is defended on all of the categories stands beside, attacked alike.
-        for scope, categories in (("half", defended), ("all", None)):
+        for scope, categories, planting in (("half", defended, seed), ("all", None, 0)):
             if name == UNDEFENDED and scope == "all":
                 continue
             chosen = rungs if scope == "half" else {r: rungs[r] for r in ("seen", "unseen")}
             for rung, (arts, rows) in chosen.items():
                 keys = {"model": name, "scope": scope, "bipartition": seed, "rung": rung,
-                        "weights": scene.key(name, seed, categories)}  # fmt: skip
-                scene.cell("data", keys, lambda n=name, c=categories, a=arts, r=rows: _attacked(
-                    scene, n, c, a, r, seed))  # fmt: skip
+                        "weights": scene.key(name, planting, categories)}  # fmt: skip
+                start = partial(scene.load, name, planting, categories)
+                scene.cell("data", keys, partial(_attacked, scene, start, arts, rows, seed))
 
 
-def _vectors(one: Sequence[Example], other: Sequence[Example]) -> tuple[Any, Any]:
-    vectors = tfidf([row.prompt for row in (*one, *other)])
-    return vectors[: len(one)], vectors[len(one) :]
+def _shift(held: Sequence[Example], rows: Sequence[Example]) -> Row:
+    vectors = tfidf([row.prompt for row in (*held, *rows)])
+    found = mmd(vectors[: len(held)], vectors[len(held) :], permutations=1, seed=0)
+    return {"mmd2": found.value}
 
 
 def _attacked(
     scene: Scene,
-    name: str,
-    categories: Sequence[str] | None,
+    load: Callable[[], PreTrainedModel],
     attacked: Sequence[str],
     rows: Sequence[Example],
     seed: int,
 ) -> Row:
-    start = scene.load(name, seed, categories)
+    start = load()
     before = scene.judged(start)
     seen = [{"step": 0, "rate": 0.0, **before}]
     for rate in RATES:
-        how = Attack(optimiser="adamw", rate=rate, points=(10, 20, 40, 80))
+        how = Attack(optimiser="adamw", rate=rate, steps=60, points=(20, 60))
         seen += [{"rate": rate, **row}
                  for row in scene.attack(start, rows, how, seed, scene.judged)]  # fmt: skip
     for row in seen:
@@ -392,7 +395,7 @@ def _attacked(
             "rows": seen}  # fmt: skip
 
 
-# 2. One step ---------------------------------------------------------------------------------------
+# 2. One step --------------------------------------------------------------------------------------
 
 
 def one_step(scene: Scene, seed: int, names: Sequence[str]) -> None:
@@ -402,7 +405,7 @@ def one_step(scene: Scene, seed: int, names: Sequence[str]) -> None:
         weights = scene.key(name, seed)
         for line in LINES:
             keys = {"model": name, "line": line, "seed": seed, "weights": weights}
-            scene.cell("scan", keys, lambda n=name, k=line: _scanned(scene, n, seed, k))
+            scene.cell("scan", keys, partial(_scanned, scene, name, seed, line))
         for optimiser, rates in GRID.items():
             for rate in rates:
                 if name not in grid and not (optimiser == "adamw" and 1e-5 <= rate <= 1e-3):
@@ -410,7 +413,7 @@ def one_step(scene: Scene, seed: int, names: Sequence[str]) -> None:
                 keys = {"model": name, "optimiser": optimiser, "rate": rate, "seed": seed,
                         "weights": weights}  # fmt: skip
                 how = Attack(optimiser=optimiser, rate=rate)
-                scene.cell("grid", keys, lambda n=name, h=how: _walked(scene, n, seed, h))
+                scene.cell("grid", keys, partial(_walked, scene, name, seed, how))
 
 
 def _scanned(scene: Scene, name: str, seed: int, kind: Line) -> Row:
@@ -442,11 +445,7 @@ def _walked(scene: Scene, name: str, seed: int, how: Attack) -> Row:
         moved = axis.progress(model)
         judged = scene.judged(model)
         del judged["by_category"]
-        plain = model
-        if hasattr(model, "merge_and_unload"):
-            plain = copy.deepcopy(model).merge_and_unload()
-            plain.requires_grad_(True)
-        own = GradientOracle(plain)
+        own = GradientOracle(unadapted(model))
         cosine = gradient_cosine(own, scene.batches["harmful"], scene.batches["benign"])
         return {**judged, **scene.losses(own), "along": moved.along, "off": moved.off,
                 "cosine": cosine}  # fmt: skip
@@ -456,7 +455,7 @@ def _walked(scene: Scene, name: str, seed: int, how: Attack) -> Row:
             "rows": [first, *scene.attack(start, scene.attack_rows, how, seed, look)]}  # fmt: skip
 
 
-# 3. The base model ---------------------------------------------------------------------------------
+# 3. The base model --------------------------------------------------------------------------------
 
 
 def base_model(scene: Scene, seed: int, names: Sequence[str]) -> None:
@@ -468,16 +467,16 @@ def base_model(scene: Scene, seed: int, names: Sequence[str]) -> None:
     ]
     for name in ("base", UNDEFENDED, *names):
         weights = scene.key(name, seed)
-        for rate in (2e-5, *RATES, 1e-3):
+        for rate in (*RATES, 1e-3):
             keys = {"model": name, "rate": rate, "seed": seed, "weights": weights}
-            how = Attack(optimiser="adamw", rate=rate, steps=160, points=FINE_POINTS)
-            scene.cell("break", keys, lambda n=name, h=how: _broken(scene, n, seed, h))
+            how = Attack(optimiser="adamw", rate=rate, steps=100, points=FINE_POINTS)
+            scene.cell("break", keys, partial(_broken, scene, name, seed, how))
         if name == "base":
             continue
         keys = {"model": name, "seed": seed, "weights": weights}
-        scene.cell("subtract", keys, lambda n=name: _subtracted(scene, n, seed))
+        scene.cell("subtract", keys, partial(_subtracted, scene, name, seed))
     keys = {"model": "base", "seed": seed, "weights": scene.key("base", seed)}
-    scene.cell("realign", keys, lambda: _realigned(scene, seed, benign))
+    scene.cell("realign", keys, partial(_realigned, scene, seed, benign))
 
 
 def _broken(scene: Scene, name: str, seed: int, how: Attack) -> Row:
@@ -532,7 +531,7 @@ def _subtracted(scene: Scene, name: str, seed: int) -> Row:
             "rows": found}  # fmt: skip
 
 
-# 4. Overlap ----------------------------------------------------------------------------------------
+# 4. Overlap ---------------------------------------------------------------------------------------
 
 
 def overlap(scene: Scene, seed: int, names: Sequence[str]) -> None:
@@ -543,7 +542,7 @@ def overlap(scene: Scene, seed: int, names: Sequence[str]) -> None:
         for name in names:
             keys = {"model": name, "overlap": share, "seed": seed,
                     "weights": world.key(name, seed)}  # fmt: skip
-            world.cell("overlap", keys, lambda w=world, n=name: _coupled(w, n, seed))
+            world.cell("overlap", keys, partial(_coupled, world, name, seed))
         if world is not scene:
             scene.cells += world.cells
 
@@ -577,6 +576,7 @@ def main() -> None:
     given = dict(one.split("=", 1) for one in options.models if "=" in one)
     require(len(given) == len(options.models), "--models is not NAME=FOLDER", "name each folder")
     keep_freed_memory()
+    disable_progress_bar()
     scene = Scene(Lattice(), options.output_dir / options.testbed,
                   {name: Path(folder) for name, folder in given.items()})  # fmt: skip
     if "data" in options.only and not given:
