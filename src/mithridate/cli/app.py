@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     as_json = "--json" in given
     warnings.showwarning = show_warning
+    # What a library means to change is nothing that a user can act on.
+    warnings.simplefilter("ignore", FutureWarning)
     # Ours is the only progress shown; two displays on one terminal garble each other.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     keep_freed_memory()
