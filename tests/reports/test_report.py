@@ -165,6 +165,12 @@ def test_broken_folder_is_refused(
         render_report(folder)
 
 
+def test_an_immunisation_alone_is_not_called_unfinished(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").write_text("")
+    with pytest.raises(InputError, match="nothing was attacked"):
+        render_report(tmp_path)
+
+
 def test_not_a_number_is_refused(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     path = folder / "trajectory.jsonl"
@@ -230,20 +236,17 @@ CHROMIUM = next(
 )
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-@pytest.mark.parametrize("scheme", ["0", "1"], ids=["dark", "light"])
-def test_browser_runs_the_page_without_complaint(
-    run_dir: Path, page: str, tmp_path: Path, scheme: str
-) -> None:
+def browse(page: Path, profile: Path, *, scheme: str) -> tuple[str, list[str]]:
+    """Return the page's elements after its script ran, and what the browser complained of."""
     result = subprocess.run(
         [
             str(CHROMIUM),
             *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--user-data-dir={profile}",
             f"--blink-settings=preferredColorScheme={scheme}",
             *("--enable-logging=stderr", "--v=0", "--dump-dom"),
-            (run_dir / "report.html").as_uri(),
+            page.as_uri(),
         ],
         capture_output=True,
         text=True,
@@ -251,9 +254,17 @@ def test_browser_runs_the_page_without_complaint(
         stdin=subprocess.DEVNULL,
         check=False,
     )
-    complaints = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.parametrize("scheme", ["0", "1"], ids=["dark", "light"])
+def test_browser_runs_the_page_without_complaint(
+    run_dir: Path, page: str, tmp_path: Path, scheme: str
+) -> None:
+    dom, complaints = browse(run_dir / "report.html", tmp_path / "profile", scheme=scheme)
     assert not complaints
-    assert ">Theme: auto</button>" in result.stdout, "our script did not run"
-    title = re.search("<title>(.*?)</title>", result.stdout)
+    assert ">Theme: auto</button>" in dom, "our script did not run"
+    title = re.search("<title>(.*?)</title>", dom)
     assert title is not None
     assert title[1].startswith("The trap holds")

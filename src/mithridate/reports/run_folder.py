@@ -76,6 +76,13 @@ def read_run(path: Path) -> RunFolder:
     """
     if not path.is_dir():
         raise InputError("no such run folder", where=str(path), mend="check the path")
+    if (path / "history.jsonl").exists() and not (path / "summary.json").exists():
+        raise InputError(
+            "an immunisation alone has no report: nothing was attacked",
+            where=str(path),
+            mend="`mithridate attack --model RUN/model --undefended ALIGNED --harmful F --eval F "
+            "--permitted F --output-dir DIR` writes one",
+        )
     summary = _json(path / "summary.json")
     trajectory = _lines(path / "trajectory.jsonl")
     _check_control(path, summary, trajectory)
