@@ -167,8 +167,8 @@ def check_room(needed: Requirements, output_dir: Path) -> None:
         raise InputError(
             f"too little memory: this run needs about {needed.memory / _GIB:.1f} GiB, "
             f"{free_memory / _GIB:.1f} GiB are free",
-            mend="end other programs, use a smaller model, set training.lora_rank, or use a "
-            "larger machine",
+            mend="end other programs, use a smaller model, set lora_rank in the configuration, or "
+            "use a larger machine",
         )
     if needed.disk > free_disk:
         raise InputError(

@@ -132,6 +132,7 @@ class RunFolder:
             "status": "running",
             "identity": identity,
             **space,
+            "seeds": [settings["training"]["seed"]],
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
