@@ -240,8 +240,7 @@ def _cell(
         "name": names.get(cell["attack"], ("", ""))[0],
         "verdict": term,
         "tone": tone,
-        # The reason of a broken cell is its useful harm, which has a column of its own.
-        "why": "" if term in (Term.BROKEN, Term.BROKEN_AT_COST) else printable(cell["reason"]),
+        "why": printable(_why(cell)),
         "harm": f"{best['estimate']:.2f}" if best else "",
         "between": _between(best) if best else "",
         "bar": IntervalBar(
@@ -260,12 +259,25 @@ def _cell(
         "steps": _steps(broken, cell["earliest_break"]),
         "window": "" if cell["window"] is None else f"{cell['window']:.0f}",
         "where": _where(shown),
-        "text": shown["text"],
+        "counted": f"{shown['n']} items, {_plural(shown['seeds'], 'seed')}",
     }
 
 
+def _why(cell: Mapping[str, Any]) -> str:
+    """Return the reason without the useful harm, which has a column of its own."""
+    reason: str = cell["reason"]
+    for best in (cell["useful_harm"], cell["unbounded_useful_harm"]):
+        if best:
+            reason = reason.removeprefix(f"useful harm {best['text']}")
+    return reason.lstrip(":; ")
+
+
 def _between(best: Mapping[str, Any]) -> str:
-    return f"{best['low']:.2f} to {best['high']:.2f}"
+    return f"{best['low']:.3f} to {best['high']:.3f}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _range(values: Sequence[float]) -> str:
