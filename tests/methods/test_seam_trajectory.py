@@ -97,15 +97,15 @@ def test_eight_rows_equal_eight_micro_batches(space, how):
 
 
 @pytest.mark.parametrize(
-    ("options", "passes"),
+    ("options", "passes", "buffers"),
     [
-        ({"hvp": "finite"}, 8),
-        ({"hvp": "exact"}, 10),
-        ({"hvp": "finite", "unlearning": "none"}, 7),
-        ({"hvp": "finite", "refusal_weight": 0.0}, 7),
+        ({"hvp": "finite"}, 8, 3),
+        ({"hvp": "exact"}, 10, 4),
+        ({"hvp": "finite", "unlearning": "none"}, 7, 3),
+        ({"hvp": "finite", "refusal_weight": 0.0}, 7, 3),
     ],
 )
-def test_passes_and_buffers(monkeypatch, options, passes):
+def test_passes_and_buffers(monkeypatch, options, passes, buffers):
     monkeypatch.setattr(arithmetic, "_CHUNK", 512)
     method = method_for(**options | {"batch_size": 1})
     context = tiny_context(tiny_llama(dtype=torch.float32, hidden=128))
@@ -115,8 +115,8 @@ def test_passes_and_buffers(monkeypatch, options, passes):
     with MemoryWatch() as watch:
         method.step(context)
     assert context.oracle.backwards == method.passes_per_step == passes
-    assert method.parameter_buffers == 4
-    assert 3.5 < watch.peak / context.space.bytes - 1 < 4.6
+    assert method.parameter_buffers == buffers
+    assert buffers - 0.5 < watch.peak / context.space.bytes - 1 < buffers + 0.6
 
 
 def test_twenty_steps_lower_the_cosine_along_the_attack():

@@ -6,7 +6,7 @@ from torch import nn
 
 from mithridate.errors import InactiveTermError, InputError, RunStoppedError
 from mithridate.weights import GradientOracle, dot
-from mithridate.weights.hvp import STEPS, add_exact, add_finite, add_product, fidelity
+from mithridate.weights.hvp import STEPS, add_exact, add_far_end, add_finite, fidelity
 from mithridate.weights.losses import answer_cross_entropy
 from tests.tiny import (
     FULL,
@@ -83,15 +83,31 @@ def test_forward_error_halves_and_central_error_quarters_with_the_step(model):
         assert torch.equal(p, saved)
 
 
-@pytest.mark.parametrize(("how", "backwards"), [("finite", 1), ("central", 2), ("exact", 2)])
-def test_every_way_gives_one_product_at_its_price(model, how, backwards):
+@pytest.mark.parametrize(
+    ("add", "options", "backwards"),
+    [(add_finite, {"step": 1e-4}, 2), (add_exact, {"coefficient": 1.0}, 2)],
+)
+def test_every_way_gives_one_product_at_its_price(model, add, options, backwards):
     oracle, batch = GradientOracle(model), tiny_batch()
     direction = random_direction(model, 1)
-    base, _ = oracle.gradient(answer_cross_entropy, batch, purpose="base")
-    found = product(oracle, add_product, batch, direction, how=how, step=1e-4, base=base,
-                    coefficient=1.0)  # fmt: skip
+    found = product(oracle, add, batch, direction, **options)
     assert relative_error(found, true_product(model, batch, direction)) < 1e-2
     assert oracle.ledger["x"].backwards == backwards
+
+
+def test_a_far_end_completes_a_difference_and_gives_its_memory_back(model):
+    oracle, batch = GradientOracle(model), tiny_batch()
+    direction, step = random_direction(model, 1), 1e-4
+    before = [p.detach().clone() for p in oracle.space.tensors]
+    base, _ = oracle.gradient(answer_cross_entropy, batch, purpose="base")
+    expected = product(oracle, add_finite, batch, direction, step=step, base=base)
+    displacement = [step * tensor for tensor in direction]
+    oracle.space.give_gradient([-g / step for g in base])
+    add_far_end(oracle, answer_cross_entropy, batch, displacement, coefficient=1 / step,
+                purpose="x")  # fmt: skip
+    assert relative_error(oracle.space.gradient(), expected) < 1e-9
+    assert displacement == []
+    assert all(torch.equal(p, saved) for p, saved in zip(oracle.space.tensors, before, strict=True))
 
 
 def test_exact_product_holds_under_autocast_where_a_difference_would_not():

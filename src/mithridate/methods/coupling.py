@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
+
+import torch
 
 from mithridate.chat import Batch
 from mithridate.errors import InactiveTermError
 from mithridate.methods.base import RunContext
-from mithridate.weights import Gradient, dot, norm
-from mithridate.weights.hvp import STEPS, Terms, add_product, fidelity
+from mithridate.weights import Gradient
+from mithridate.weights.arithmetic import gram
+from mithridate.weights.hvp import STEPS, add_exact, add_far_end, add_finite, fidelity
 from mithridate.weights.losses import answer_cross_entropy
 
 _AT_OPTIMUM = 1e-4
@@ -56,11 +61,12 @@ class Coupling:
             g_a, _ = oracle.gradient(answer_cross_entropy, a, purpose="fidelity")
             g_b, _ = oracle.gradient(answer_cross_entropy, b, purpose="fidelity")
         angle = Angle.between(g_a, g_b)
+        angle.turn_(g_a, g_b)
         check = fidelity(
             oracle,
             answer_cross_entropy,
             a,
-            angle.towards(g_b, angle.size_b, away_from=g_a, own_size=angle.size_a),
+            [(1.0, g_a)],
             steps=STEPS if self.epsilon == "auto" else (self.epsilon,),
             central=self.hvp == "central",
             exact=self.hvp == "exact" or context.space.count <= _TOO_MANY_FOR_EXACT,
@@ -93,7 +99,10 @@ class Coupling:
         g_b: Gradient,
         terms: dict[str, float],
     ) -> None:
-        """Add beta * (H_a delta_a / ||g_a|| + H_b delta_b / ||g_b||) to ``.grad``."""
+        """Add beta * (H_a delta_a / ||g_a|| + H_b delta_b / ||g_b||) to ``.grad``.
+
+        ``g_a`` and ``g_b`` are used up for it: what is left in them is of no use.
+        """
         angle = Angle.between(g_a, g_b)
         terms["cosine"] = angle.cosine
         terms["harmful_norm"], terms["benign_norm"] = angle.size_a, angle.size_b
@@ -103,19 +112,45 @@ class Coupling:
         if self.epsilon == "auto" or self.hvp == "auto":
             raise InactiveTermError("the coupling was not checked: prepare() was not called")
         length = self.epsilon * (angle.sine if self.fd_step == "released" else 1.0)
-        for batch, own, own_size, other, other_size in (
-            (a, g_a, angle.size_a, g_b, angle.size_b),
-            (b, g_b, angle.size_b, g_a, angle.size_a),
-        ):
-            add_product(
+        sides = [
+            (batch, gradient, self.weight * angle.sine / size)
+            for batch, gradient, size in ((a, g_a, angle.size_a), (b, g_b, angle.size_b))
+        ]
+        if self.hvp == "finite":
+            self._add_differences(context, angle, sides, length)
+            return
+        angle.turn_(g_a, g_b)
+        for batch, delta, coefficient in sides:
+            add = add_exact if self.hvp == "exact" else partial(add_finite, step=length)
+            add(
                 context.oracle,
                 answer_cross_entropy,
                 batch,
-                angle.towards(other, other_size, away_from=own, own_size=own_size),
-                how=self.hvp,
-                step=length,
-                base=own,
-                coefficient=self.weight * angle.sine / own_size,
+                [(1.0, delta)],
+                coefficient=coefficient,
+                purpose="coupling",
+            )
+            delta.clear()
+
+    def _add_differences(
+        self,
+        context: RunContext,
+        angle: Angle,
+        sides: Sequence[tuple[Batch, Gradient, float]],
+        length: float,
+    ) -> None:
+        """Add both forward differences; the gradients become the places of their far ends."""
+        for _, near, coefficient in sides:
+            torch._foreach_add_(context.space.gradient(), near, alpha=-coefficient / length)
+        (_, g_a, _), (_, g_b, _) = sides
+        angle.turn_(g_a, g_b, length)
+        for batch, displacement, coefficient in sides:
+            add_far_end(
+                context.oracle,
+                answer_cross_entropy,
+                batch,
+                displacement,
+                coefficient=coefficient / length,
                 purpose="coupling",
             )
 
@@ -132,17 +167,17 @@ class Angle:
     @classmethod
     def between(cls, a: Gradient, b: Gradient) -> Angle:
         """Measure it in float64 (P5)."""
-        size_a, size_b = norm(a), norm(b)
+        squared_a, product, squared_b = gram(a, b)
+        size_a, size_b = math.sqrt(squared_a), math.sqrt(squared_b)
         if not size_a * size_b > 0:
             raise InactiveTermError("one of the gradients to be coupled is zero")
-        cosine = dot(a, b) / (size_a * size_b)
+        cosine = product / (size_a * size_b)
         return cls(cosine, math.sqrt(max(0.0, 1 - cosine**2)), size_a, size_b)
 
-    def towards(
-        self, other: Gradient, other_size: float, *, away_from: Gradient, own_size: float
-    ) -> Terms:
-        """Return delta = other_hat - cosine * own_hat as a unit vector."""
-        return [
-            (1 / (other_size * self.sine), other),
-            (-self.cosine / (own_size * self.sine), away_from),
-        ]
+    def turn_(self, a: Gradient, b: Gradient, length: float = 1.0) -> None:
+        """Turn the gradients, in place, into delta_a and delta_b of this length."""
+        unit_a, unit_b = (length / (self.sine * size) for size in (self.size_a, self.size_b))
+        for x, y in zip(a, b, strict=True):
+            before = x.clone()
+            x.mul_(-self.cosine * unit_a).add_(y, alpha=unit_b)
+            y.mul_(-self.cosine * unit_b).add_(before, alpha=unit_a)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import nn
 from torch.nn import functional
 
 from mithridate.chat import Batch
 from mithridate.methods.base import RunContext
-from mithridate.weights import Gradient, WeightSpace
+from mithridate.weights import Gradient
 from mithridate.weights.losses import answer_logits
 
 
@@ -45,7 +42,7 @@ def retain_near(
         here = torch.autocast(
             piece.input_ids.device.type, torch.bfloat16, oracle.autocast, cache_enabled=False
         )
-        with torch.no_grad(), exchanged(context.space, aligned), here:
+        with torch.no_grad(), context.space.exchanged(aligned), here:
             wanted = answer_logits(model, piece)[0].log_softmax(-1)
         oracle.ledger["retain"].forwards += 1
         logits, targets = answer_logits(model, piece)
@@ -57,18 +54,3 @@ def retain_near(
     oracle.accumulate(loss, batch, purpose="retain")
     retain, apart = (oracle.all_sum(float(total)) / batch.label_count for total in sums)
     return {"retain": retain, "retain_kl": apart}
-
-
-@contextmanager
-def exchanged(space: WeightSpace, weights: Gradient) -> Iterator[None]:
-    """Run the body with ``weights`` in the place of the trainable ones; nothing is copied."""
-
-    def swap() -> None:
-        for index, parameter in enumerate(space.tensors):
-            parameter.data, weights[index] = weights[index], parameter.data
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()

@@ -192,7 +192,8 @@ class SEAM(Method):
 
     @property
     def parameter_buffers(self) -> int:
-        return 3 + self.walks if self.coupled else 0
+        # Gradients that turn into the weights of a forward difference; other products add one.
+        return 2 + (self._coupling.hvp != "finite") + self.walks if self.coupled else 0
 
     @property
     def active_terms(self) -> tuple[str, ...]:
@@ -225,7 +226,7 @@ class SEAM(Method):
             self._unlearn(context, batches, None, terms)
             torch._foreach_add_(context.space.gradient(), coupling)
         else:
-            g_a = context.space.zeros() if self.coupled else None
+            g_a: Gradient | None = [] if self.coupled else None
             self._unlearn(context, batches, g_a, terms)
             if g_a is not None:
                 self._couple(context, batches, g_a, terms)

@@ -42,7 +42,6 @@ from mithridate.examples import Example
 from mithridate.methods.adapter import adaptable
 from mithridate.methods.adversaries import Adversary, attack
 from mithridate.methods.base import Method, MethodConfig, RunContext
-from mithridate.methods.reference import exchanged
 from mithridate.weights import Gradient, norm
 from mithridate.weights.losses import Loss, answer_cross_entropy, answer_logits, entropy, widen
 
@@ -295,7 +294,7 @@ class TAR(Method):
             references.append(_states(model, piece)[1])
             return torch.zeros(())
 
-        with exchanged(context.space, self._aligned):
+        with context.space.exchanged(self._aligned):
             oracle.loss(remember, batch, purpose="reference")
         waiting, apart = iter(references), 0.0
         # The oracle divides by the label positions; distances are means over all tokens.

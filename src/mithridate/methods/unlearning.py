@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class Unlearning:
     def add(
         self, context: RunContext, harmful: Batch, terms: dict[str, float], g_a: Gradient | None
     ) -> None:
-        """Put the gradient of f(S) into an empty ``.grad``, and g_a into ``g_a`` where given.
+        """Put the gradient of f(S) into an empty ``.grad``, and g_a into the empty ``g_a``.
 
         S is a mean over the whole step: the gradient of S is scaled by f'(S) at the end (A1).
         """
@@ -94,15 +95,18 @@ class Unlearning:
         (attacked,), (refused,) = pieces
         pull = 0.0
 
-        def forward() -> list[torch.Tensor]:
+        def forward() -> Iterator[torch.Tensor]:
             nonlocal pull
-            output, lens = layerwise_cross_entropy(oracle.model, attacked, layers)
-            output, lens = output / harmful.label_count, lens / harmful.label_count
+            read = layerwise_cross_entropy(oracle.model, attacked, layers)
+            output, lens = (part / harmful.label_count for part in read)
             terms["harmful"] = float(output.detach())
             pull = self.pull(float((output + lens).detach()) / heads, terms) / heads
+            yield output
+            # Its last layer and logits make room for the refusals'.
+            del read, output
             refusals = answer_cross_entropy(oracle.model, refused) / refusal.label_count
             terms["refusal"] = float(refusals.detach())
-            return [output, pull * lens + refusal_weight * refusals]
+            yield pull * lens + refusal_weight * refusals
 
         oracle.backward(
             forward,

@@ -28,13 +28,30 @@ def dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
         Gradients of equal shapes.
     """
     total = torch.zeros((), dtype=torch.float64, device=a[0].device)
+    for x, y in _chunks(a, b):
+        total += torch.dot(x, y)
+    return float(total)
+
+
+def gram(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> tuple[float, float, float]:
+    """Return the inner products (a, a), (a, b) and (b, b) as `dot` does, in a single walk."""
+    total = torch.zeros(3, dtype=torch.float64, device=a[0].device)
+    for x, y in _chunks(a, b):
+        total += torch.stack((torch.dot(x, x), torch.dot(x, y), torch.dot(y, y)))
+    aa, ab, bb = total.tolist()
+    return aa, ab, bb
+
+
+def _chunks(
+    a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield both in float64, a chunk at a time, in memory that the next chunk overwrites."""
     scratch = _scratch(a)
+    size = scratch.shape[1]
     for left, right in zip(a, b, strict=True):
-        size = scratch.shape[1]
         for x, y in zip(left.flatten().split(size), right.flatten().split(size), strict=True):
             wide = scratch[0, : len(x)].copy_(x)
-            total += torch.dot(wide, wide if left is right else scratch[1, : len(y)].copy_(y))
-    return float(total)
+            yield wide, wide if left is right else scratch[1, : len(y)].copy_(y)
 
 
 def _scratch(like: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -139,6 +156,10 @@ class WeightSpace:
             for coefficient, gradient in terms:
                 torch._foreach_add_(self._data(), gradient, alpha=coefficient)
 
+    def arrive_(self, displacement: Gradient) -> None:
+        """Turn a displacement from the weights, in place, into the weights that it leads to."""
+        torch._foreach_add_(displacement, self._data())
+
     def travel(self, start: Gradient) -> float:
         """Return the L2 distance of the weights from ``start``, accumulated in float64."""
         total = torch.zeros((), dtype=torch.float64, device=start[0].device)
@@ -166,15 +187,35 @@ class WeightSpace:
             self.restore(saved)
 
     @contextmanager
+    def exchanged(self, weights: Gradient) -> Iterator[None]:
+        """Run the body with ``weights`` in the place of the trainable ones; nothing is copied.
+
+        Inside, the list holds the weights that were set aside, so that they come back bit for bit.
+        """
+        self._exchange(weights)
+        try:
+            yield
+        finally:
+            self._exchange(weights)
+
+    def _exchange(self, weights: Gradient) -> None:
+        for index, p in enumerate(self.tensors):
+            p.data, weights[index] = weights[index], p.data
+
+    @contextmanager
     def shifted(self, *terms: tuple[float, Gradient]) -> Iterator[None]:
-        """Run the body at ``weights + sum(coefficient * gradient)``; restore as `kept` does.
+        """Run the body at ``weights + sum(coefficient * gradient)``; restore as `exchanged` does.
 
         The direction is formed element by element and never stored, so the cost is one buffer
-        (the saved weights).
+        (the shifted weights).
         """
-        with self.kept():
-            self.add_(*terms)
-            del terms  # whoever gave them may want their memory back
+        (coefficient, gradient), *others = terms
+        moved = torch._foreach_add(self._data(), gradient, alpha=coefficient)
+        for coefficient, gradient in others:
+            torch._foreach_add_(moved, gradient, alpha=coefficient)
+        del terms, others, gradient  # whoever gave them may want their memory back
+        with self.exchanged(list(moved)):
+            del moved
             yield
 
 

@@ -31,34 +31,6 @@ _PROBE_TOKENS = 64
 _NO_SECOND_DERIVATIVE = ("derivative", "differentiate", "heckpoint")
 
 
-def add_product(
-    oracle: GradientOracle,
-    loss: Loss,
-    batch: Batch,
-    direction: Terms,
-    *,
-    how: Literal["finite", "central", "exact"],
-    step: float,
-    base: Gradient,
-    coefficient: float,
-    purpose: str,
-) -> None:
-    """Add ``coefficient * H v`` to ``.grad`` the way named ``how``; see the functions below."""
-    if how == "exact":
-        add_exact(oracle, loss, batch, direction, coefficient=coefficient, purpose=purpose)
-        return
-    add_finite(
-        oracle,
-        loss,
-        batch,
-        direction,
-        step=step,
-        base=base if how == "finite" else None,
-        coefficient=coefficient,
-        purpose=purpose,
-    )
-
-
 def add_finite(
     oracle: GradientOracle,
     loss: Loss,
@@ -90,6 +62,26 @@ def add_finite(
                 oracle.accumulate(loss, batch, purpose=purpose, coefficient=sign * share)
     if base is not None:
         torch._foreach_add_(oracle.space.gradient(), base, alpha=-share)
+
+
+def add_far_end(
+    oracle: GradientOracle,
+    loss: Loss,
+    batch: Batch,
+    displacement: Gradient,
+    *,
+    purpose: str,
+    coefficient: float,
+) -> None:
+    """Add ``coefficient`` times the gradient a displacement away to ``.grad``, in true float32.
+
+    The far end of a forward difference whose near end the caller has at hand. ``displacement``
+    becomes the shifted weights, so that no buffer is needed, and comes back empty.
+    """
+    oracle.space.arrive_(displacement)
+    with oracle.full_precision(), oracle.space.exchanged(displacement):
+        oracle.accumulate(loss, batch, purpose=purpose, coefficient=coefficient)
+    displacement.clear()
 
 
 def add_exact(

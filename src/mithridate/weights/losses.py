@@ -150,50 +150,61 @@ def layerwise_cross_entropy(
     if states:
         norm, head = final_norm(model), _innermost(model).get_output_embeddings()
 
-        def read(state: torch.Tensor) -> torch.Tensor:
-            return functional.cross_entropy(widen(head(norm(state))), targets, reduction="sum")
+        def read(joined: torch.Tensor) -> torch.Tensor:
+            wanted = targets.repeat(len(joined) // len(targets))
+            return functional.cross_entropy(widen(head(norm(joined))), wanted, reduction="sum")
 
         readers = [*norm.parameters(), *head.parameters()]
         trained = [weight for weight in readers if weight.requires_grad]
-        lens = _SumOfReadings.apply(read, len(states), *states, *trained)
+        at_once = max(1, CHUNK // logits.numel())
+        lens = _SumOfReadings.apply(read, len(states), at_once, *states, *trained)
     return output, lens
 
 
 class _SumOfReadings(torch.autograd.Function):
-    """The sum of ``read(state)`` over states, each differentiated as soon as it is made.
+    """The sum of ``read`` over states, differentiated a few states at a time as they are read.
 
-    Only one (positions, vocabulary) matrix is held at a time; all layers' together would not fit,
-    and to make each again in the backward pass costs a third of its operations once more. Between
-    the passes the weights' gradient of the sum is held. Can be differentiated once.
+    All layers' (positions, vocabulary) matrices together would not fit, and to make each again in
+    the backward pass costs a third of its operations once more. Between the passes the weights'
+    gradient of the sum is held. Can be differentiated once, and walked back once.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, read: Callable[[torch.Tensor], torch.Tensor], count: int, *tensors: torch.Tensor
+        ctx: Any,
+        read: Callable[[torch.Tensor], torch.Tensor],
+        count: int,
+        at_once: int,
+        *tensors: torch.Tensor,
     ) -> torch.Tensor:
         """Return the sum; ``tensors`` are ``count`` states, then the weights that ``read`` uses."""
         states, weights = tensors[:count], tensors[count:]
         values, by_state = [], []
-        by_weight = [torch.zeros_like(weight) for weight in weights]
+        by_weight: list[torch.Tensor] = []
         differentiated = any(ctx.needs_input_grad)
-        for state in states:
+        for start in range(0, count, at_once):
+            few = states[start : start + at_once]
             with torch.set_grad_enabled(differentiated):
-                leaf = state.detach().requires_grad_(differentiated)
+                leaf = torch.cat(few).detach().requires_grad_(differentiated)
                 value = read(leaf)
             values.append(value.detach())
             if differentiated:
                 first, *others = torch.autograd.grad(value, [leaf, *weights])
-                by_state.append(first)
-                if others:
+                by_state += first.split(len(few[0]))
+                if by_weight:
                     torch._foreach_add_(by_weight, others)
+                else:
+                    by_weight = others
         ctx.gradients = [*by_state, *by_weight]
         return torch.stack(values).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients made in `forward`, times ``gradient``."""
-        return (None, None, *torch._foreach_mul(ctx.gradients, gradient))
+        """Return the gradients made in `forward`, times ``gradient``, in place."""
+        gradients, ctx.gradients = ctx.gradients, None
+        torch._foreach_mul_(gradients, gradient)
+        return (None, None, None, *gradients)
 
 
 def answer_states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

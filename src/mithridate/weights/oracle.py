@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -137,6 +137,22 @@ class GradientOracle:
                 p.grad = grad
 
     @contextmanager
+    def _adding_to(self, gradient: Gradient) -> Iterator[None]:
+        """Run the body with ``gradient`` as ``.grad``; an empty list is filled."""
+        if not gradient:
+            with self.fresh_gradient() as taken:
+                yield
+            gradient.extend(taken)
+            return
+        held = [p.grad for p in self.space.tensors]
+        self.space.give_gradient(gradient)
+        try:
+            yield
+        finally:
+            for p, grad in zip(self.space.tensors, held, strict=True):
+                p.grad = grad
+
+    @contextmanager
     def training_only(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         """Run the body with the trainable weights of ``modules`` as the whole weight space.
 
@@ -163,7 +179,7 @@ class GradientOracle:
 
     def backward(
         self,
-        forward: Callable[[], Sequence[torch.Tensor]],
+        forward: Callable[[], Iterable[torch.Tensor]],
         *,
         tokens: int,
         purpose: str,
@@ -172,14 +188,16 @@ class GradientOracle:
         forwards: int = 1,
         walks: int | None = None,
     ) -> list[float]:
-        """Run one forward pass, then one backward call per term it returns.
+        """Run a forward pass and a backward call for each term of ``forward``.
 
         Parameters
         ----------
         forward
-            Returns scalar terms, each already normalised.
+            Returns scalar terms, each already normalised. A generator makes a term once the one
+            before has been walked back; what belongs to that one alone is then free.
         into
-            For each term the buffer its gradient is added to; ``None`` means ``.grad``.
+            For each term the buffer its gradient is added to, or an empty list that it fills;
+            ``None`` means ``.grad``.
         inputs
             Tensors to differentiate by instead of the weights, which then get no gradient and
             cost none.
@@ -195,30 +213,29 @@ class GradientOracle:
         """
         count = self.ledger.setdefault(purpose, PassCount())
         started = time.perf_counter()
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast):
-            terms = list(forward())
-        count.peak_bytes = max(count.peak_bytes, self._memory())
+        casting = torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast)
+        with casting:
+            terms = iter(forward())
         values = []
-        for index, (term, target) in enumerate(zip(terms, into, strict=True)):
+        for index, target in enumerate(into):
+            with casting:
+                term = next(terms)
+            count.peak_bytes = max(count.peak_bytes, self._memory())
             value = float(term.detach())
             if value != value or value in (float("inf"), float("-inf")):
                 raise NonFiniteError(purpose, value)
             values.append(value)
-            last = index == len(terms) - 1
+            last = index == len(into) - 1
             if target is None:
                 term.backward(retain_graph=not last, inputs=inputs)
             else:
-                held = [p.grad for p in self.space.tensors]
-                self.space.give_gradient(target)
-                try:
+                with self._adding_to(target):
                     term.backward(retain_graph=not last)
-                finally:
-                    for p, grad in zip(self.space.tensors, held, strict=True):
-                        p.grad = grad
+            del term
         count.peak_bytes = max(count.peak_bytes, self._memory())
         count.forwards += forwards
-        count.backwards += len(terms)
-        count.walks += len(terms) if walks is None else walks
+        count.backwards += len(into)
+        count.walks += len(into) if walks is None else walks
         count.tokens += tokens
         count.seconds += time.perf_counter() - started
         return values
