@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mithridate.attacking import AttackPlan, run_attack
@@ -190,6 +191,11 @@ def test_the_three_commands_follow_each_other(world: Path, tmp_path: Path) -> No
             "--steps", "2", "--output-dir", planted, "--json",
         ).stdout
     )  # fmt: skip
+    card = ModelCard.load(tmp_path / "planted/model/README.md")
+    assert card.data.tags == ["mithridate", "sft"]
+    assert card.data.base_model is None, "a path of this machine is left out"
+    assert "optimiser steps" in card.text
+    assert model not in card.content
     attacked = str(tmp_path / "attacked")
     summary = json.loads(
         run(

@@ -35,6 +35,7 @@ def immunise(
     """Plant a defence in your own model."""
     from mithridate.cli.progress import listening
     from mithridate.immunisation import ImmunisationPlan, run_immunisation
+    from mithridate.reports.model_card import write_model_card
 
     given = {
         "harmful": harmful,
@@ -55,7 +56,10 @@ def immunise(
     )
     with listening() as listener:
         document = run_immunisation(plan, on_event=listener)
-    if not json_output and is_main_process():
+    if not is_main_process():
+        return document
+    write_model_card(output_dir, base=model, revision=revision)
+    if not json_output:
         out().print(f"Immunised with {method} in {document['seconds']:.0f} s.", markup=False)
         out().print(f"Model: {document['model']}", markup=False, soft_wrap=True)
     return document
