@@ -161,6 +161,7 @@ def main() -> None:
     command = (
         f"python benchmarks/methods.py --testbed {testbed} --seeds {' '.join(map(str, seeds))}"
     )
+    command += f" --only {' '.join(options.only)}" if options.only else ""
     common.store("methods", command, testbed, seeds, LABELS, found)
     common.write(
         f"results-methods-{testbed}",

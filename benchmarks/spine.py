@@ -88,6 +88,7 @@ def main() -> None:
     labels = {UNDEFENDED: "undefended (aligned)"}
     labels |= {name: sections["label"] for name, sections in variants.items()}
     command = f"python benchmarks/spine.py --testbed {testbed} --seeds {' '.join(map(str, seeds))}"
+    command += f" --only {' '.join(options.only)}" if options.only else ""
     common.store("spine", command, testbed, seeds, labels, found)
     common.write(
         f"results-{testbed}",
