@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mithridate.attacks.adaptive import (
     banned,
     finetune_adaptively,
     kl_from,
+    preference_from,
     project_off_,
 )
 from mithridate.chat import ChatFormat
@@ -203,3 +205,54 @@ def test_the_attacked_model_is_a_copy(chat, tmp_path):
     attack(chat, tmp_path, dataclasses.replace(CONFIG, anchor=1.0, part="norms"), model=model)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_the_preference_loss_is_dpo_s_by_hand(chat):
+    start, model = tiny_model(), tiny_model(seed=1)
+    chosen, rejected = ROWS["benign"][:3], [
+        dataclasses.replace(row, answer=f"{row.answer} w7") for row in ROWS["benign"][:3]
+    ]  # fmt: skip
+    batch = chat.batch([*chosen, *rejected])
+
+    def log_probability(one, row):
+        encoded = chat.encode(row)
+        ids = torch.tensor([encoded.input_ids])
+        with torch.no_grad():
+            logs = one(input_ids=ids).logits[0].log_softmax(-1)
+        places = range(encoded.answer_start, ids.shape[1])
+        return sum(float(logs[place - 1, ids[0, place]]) for place in places)
+
+    losses = []
+    for good, bad in zip(chosen, rejected, strict=True):
+        gained = [log_probability(model, row) - log_probability(start, row) for row in (good, bad)]
+        losses.append(math.log1p(math.exp(-0.3 * (gained[0] - gained[1]))))
+    oracle = GradientOracle(model, micro_batch_size=64)
+    found = oracle.loss(preference_from(copy.deepcopy(start), 0.3), batch, purpose="evaluation")
+    assert found == pytest.approx(sum(losses) / 3, rel=1e-5)
+    # At the start nothing is preferred yet: log 2.
+    same = GradientOracle(tiny_model()).loss(preference_from(start, 0.3), batch, purpose="check")
+    assert same == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_preferring_raises_the_margin_and_pairs_stay_together(chat, tmp_path):
+    config = dataclasses.replace(CONFIG, prefer=1.0, steps=8)
+    rejected = [dataclasses.replace(row, answer="w39 w38") for row in ROWS["refusal"]]
+    kept = []
+
+    def probe(attacked, step):
+        if step == config.steps:
+            kept.append(attacked)
+        return {}
+
+    rows = finetune_adaptively(
+        tiny_model(), chat, ROWS["refusal"], ROWS["benign"], config, probe=probe,
+        output_dir=tmp_path, rejected=rejected,
+    )  # fmt: skip
+    assert rows[1]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert rows[-1]["loss"] < rows[1]["loss"]
+    oracle = GradientOracle(kept[0], micro_batch_size=64)
+    batch = chat.batch([*ROWS["refusal"], *rejected])
+    end = oracle.loss(preference_from(tiny_model(), 1.0), batch, purpose="evaluation")
+    assert end < 0.9 * math.log(2)
+    with pytest.raises(InputError, match="pairs would be cut apart"):
+        AdaptiveConfig(prefer=1.0, batch_size=33)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mithridate.attacks import editing
 from mithridate.chat import ChatFormat
@@ -179,3 +181,100 @@ def test_a_base_that_is_not_the_base_is_refused(model):
 def test_amounts_out_of_range_are_refused(edit, model):
     with pytest.raises(InputError):
         edit(model)
+
+
+def test_slerp_walks_the_great_circle(model):
+    other = tiny_model(seed=3)
+    start = copy.deepcopy(model)
+    editing.slerp(model, other, share=0.0)
+    assert all(map(torch.allclose, model.parameters(), start.parameters()))
+    editing.slerp(model, other, share=1.0)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    flat, up = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    a, b = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        a.weight.copy_(flat), b.weight.copy_(up)
+    editing.slerp(a, b, share=1 / 3)
+    # 30 degrees along a quarter of a circle of radius 2.
+    assert torch.allclose(a.weight, torch.tensor([[3**0.5, 1.0]]), atol=1e-6)
+    with torch.no_grad():
+        b.weight.copy_(3 * a.weight)
+    editing.slerp(a, b, share=0.5)
+    assert torch.allclose(a.weight, 2 * torch.tensor([[3**0.5, 1.0]]), atol=1e-5)
+
+
+def test_an_early_exit_reads_an_inner_layer_through_the_head(chat, model):
+    inputs = chat.prompt_batch(REFUSED)
+    with torch.no_grad():
+        inner = model(**inputs, output_hidden_states=True).hidden_states[1]
+        wanted = model.lm_head(model.model.norm(inner))
+        editing.exit_early(model, depth=0.5)
+        assert torch.allclose(model(**inputs).logits, wanted, atol=1e-6)
+    assert len(chat.generate(model, REFUSED, max_new_tokens=3)) == len(REFUSED)
+    with pytest.raises(InputError, match="share of the layers"):
+        editing.exit_early(model, depth=1.0)
+
+
+def lively(seed):
+    """A model that says many things."""
+    model = tiny_model(seed=seed).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.normal_(std=0.5)
+    return model
+
+
+def test_steering_all_the_way_is_the_other_model(chat):
+    """m + (toward - m) = toward, token by token and with padded prompts of several lengths."""
+    model, toward = lively(1), lively(2)
+    prompts = [*REFUSED, *ANSWERED]
+    wanted = chat.generate(toward, prompts, max_new_tokens=5)
+    before = chat.generate(model, prompts, max_new_tokens=5)
+    assert sum(a != b for a, b in zip(wanted, before, strict=True)) > len(prompts) / 2
+    away = copy.deepcopy(model)
+    editing.steer(model, toward, away, scale=1.0)
+    assert chat.generate(model, prompts, max_new_tokens=5) == wanted
+    assert chat.generate(model, prompts[::-1], max_new_tokens=5) == wanted[::-1]
+    inputs = chat.prompt_batch(prompts)
+    with torch.no_grad():
+        steered, other = (one(**inputs, use_cache=False).logits for one in (model, toward))
+    assert torch.allclose(steered, other, atol=1e-4)
+
+
+def test_the_chosen_direction_refuses_least_within_the_bound(chat, model):
+    def chosen(refusals, most_kl):
+        return editing.least_refusing_direction(
+            model, chat, REFUSED, ANSWERED, held_out=ANSWERED[:3], refusals=refusals,
+            most_kl=most_kl,
+        )  # fmt: skip
+
+    # Of two layers the last fifth is left out: one direction remains, whatever the bound.
+    only = editing.refusal_direction(model, chat, REFUSED, ANSWERED, depth=0.5)
+    assert torch.equal(chosen(lambda _: 0.0, 0.0), only)
+    torch.manual_seed(1)
+    deep = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 5}))
+    model = deep.eval()
+    each = [
+        editing.refusal_direction(model, chat, REFUSED, ANSWERED, depth=layer / 5)
+        for layer in range(1, 5)
+    ]
+    seen = []
+
+    def third_is_best(ablated):
+        seen.append(ablated)
+        return 0.0 if len(seen) == 3 else 1.0
+
+    assert torch.allclose(chosen(third_is_best, math.inf), each[2])
+    assert len(seen) == 4
+    moved = []
+    for direction in each:
+        ablated = copy.deepcopy(model)
+        editing.ablate_direction(ablated, direction)
+        before, after = (
+            one(**chat.prompt_batch(ANSWERED[:3])).logits[:, -1].log_softmax(-1)
+            for one in (model, ablated)
+        )
+        moved.append(float((before.exp() * (before - after)).sum(-1).mean().detach()))
+    assert torch.allclose(chosen(lambda _: 0.0, 0.0), each[moved.index(min(moved))])

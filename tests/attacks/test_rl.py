@@ -60,6 +60,31 @@ def attack(chat, folder, config=CONFIG, **options):
 
 
 @needs_trl
+def test_reinforce_plus_plus_divides_by_the_spread_of_the_whole_batch(chat, tmp_path, monkeypatch):
+    import trl
+
+    seen, paid = [], []
+    compute = trl.GRPOTrainer._compute_loss
+
+    def noted(self, model, inputs):
+        seen.append(inputs["advantages"].detach().flatten().double())
+        return compute(self, model, inputs)
+
+    def reward(item, output):
+        paid.append(early_words(item, output))
+        return paid[-1]
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", noted)
+    config = dataclasses.replace(CONFIG, algorithm="reinforce++", steps=1, probe_every=1)
+    attack(chat, tmp_path, config, reward=reward)
+    groups = torch.tensor(paid, dtype=torch.float64).view(-1, CONFIG.rollouts)
+    wanted = (groups - groups.mean(dim=1, keepdim=True)) / (groups.std() + 1e-4)
+    assert groups.std(dim=1).unique().numel() > 1, "else a group's own spread would do as well"
+    # The trainer shuffles answers between the groups before it learns from them.
+    assert torch.allclose(torch.cat(seen).sort().values, wanted.flatten().sort().values, atol=1e-4)
+
+
+@needs_trl
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
 def test_rows_record_and_updates_as_a_fine_tuning_leaves_them(algorithm, chat, tmp_path, capsys):
     seen = []

@@ -267,10 +267,12 @@ def job(bed, *phases, **more):
     [
         *(Edit(kind=kind, amount=amount) for kind, amount in (
             ("direction", 0.5), ("prune", 0.1), ("quantise", 4), ("noise", 0.1), ("truncate", 0.5),
-            ("blend", 0.5), ("untop", 1), ("task-vector", 1.0))),
+            ("blend", 0.5), ("untop", 1), ("task-vector", 1.0), ("chosen-direction", 0.1),
+            ("exit", 0.5), ("sibling", 0.5), ("steer", 1.0))),
         Train(poison=0.34), Train(template=1), Train(data="unrelated"), Train(data="align"),
         Train(lora_rank=2), Train(optimiser="sgd", schedule="cosine", warmup=0.25, times=2),
-        Train(trust_radius=0.1, part="last"), Train(anchor=1.0, sign=True),
+        Train(trust_radius=0.1, part="last"), Train(anchor=1.0, sign=True), Train(data="salient"),
+        Train(prefer=0.5, benign_weight=1.0),
     ],
     ids=str,
 )  # fmt: skip
@@ -292,6 +294,14 @@ def test_a_blend_with_share_zero_is_the_base(bed):
     assert left["weights"] == pipeline.weights_hash(base)
     model = load(str(bed.folder / "defended"))[0]
     assert pipeline.weights_hash(model) != left["weights"]
+
+
+def test_a_whole_rewind_is_the_model_before_the_attack(bed):
+    found = run_attack(job(bed, Train(), Edit(kind="rewind", amount=1.0)), bed)
+    model = load(str(bed.folder / "defended"))[0]
+    assert found["weights"] == pipeline.weights_hash(model)
+    assert [row["step"] for row in found["rows"]] == [0, 2, 4, 5]
+    assert found["rows"][-1]["useful_harm"] == found["rows"][0]["useful_harm"]
 
 
 def test_phases_follow_each_other_and_the_loaded_model_stays_as_it_was(bed):

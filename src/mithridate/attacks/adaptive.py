@@ -6,7 +6,13 @@ Per step, with g_h the gradient on restricted answers and g_b that on benign one
               + w_b \, g_b + w_k \, \nabla \mathrm{KL}(p_{\theta_0} \Vert p_\theta),
 
 where the second term is the projection of conflicting gradients (PCGrad, arXiv 2001.06782) and
-the last an anchor on benign answers. Beyond that: a bound on how far the weights travel, descent
+the last an anchor on benign answers. In place of the loss on restricted answers may stand that of
+direct preference optimisation (arXiv 2305.18290), which prefers them to what the model says now:
+
+.. math:: -\log \sigma\big(\beta\,[r(y_h) - r(y_o)]\big),
+          \quad r(y) = \log p_\theta(y) - \log p_{\theta_0}(y).
+
+Beyond that: a bound on how far the weights travel, descent
 by the gradient's sign, a part of the weights only, and a ban of tokens at decoding.
 """
 
@@ -34,7 +40,7 @@ from mithridate.attacks.finetune import (
     own_copy,
     with_adapter,
 )
-from mithridate.chat import Batch, ChatFormat, Encoded
+from mithridate.chat import IGNORE, Batch, ChatFormat, Encoded
 from mithridate.configs import require
 from mithridate.errors import InputError, NonFiniteError
 from mithridate.examples import Example
@@ -43,6 +49,8 @@ from mithridate.weights.losses import Loss, answer_cross_entropy, answer_logits
 from mithridate.weights.oracle import GradientOracle
 
 Part = Literal["all", "first", "last", "norms", "head"]
+
+_ROWS_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +65,9 @@ class AdaptiveConfig(FinetuneConfig):
         Take the part of g_h that conflicts with g_b out of it.
     anchor
         w_k, weight of KL(start || model) on the benign answers.
+    prefer
+        beta of the preference for the restricted answers over the rejected ones; 0: plain
+        cross-entropy on the restricted answers.
     trust_radius
         Largest L2 distance of the weights from the start; ``None``: no bound.
     part
@@ -69,18 +80,24 @@ class AdaptiveConfig(FinetuneConfig):
     benign_weight: float = 0.0
     project: bool = False
     anchor: float = 0.0
+    prefer: float = 0.0
     trust_radius: float | None = None
     part: Part = "all"
     sign: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("benign_weight", "anchor"):
+        for name in ("benign_weight", "anchor", "prefer"):
             require(0 <= getattr(self, name) < math.inf, f"{name} is negative", "make it 0 or more")
         require(
             self.trust_radius is None or self.trust_radius > 0,
             f"trust_radius is {self.trust_radius}", "give a positive radius or null",
         )  # fmt: skip
+        require(
+            not self.prefer or 2 * self.batch_size <= _ROWS_AT_ONCE,
+            f"a batch of {self.batch_size} pairs would be cut apart",
+            f"give a batch_size of {_ROWS_AT_ONCE // 2} at most",
+        )
         require(
             self.optimiser == "adamw_torch",
             f"the adaptive attacker has no optimiser {self.optimiser!r}",
@@ -98,8 +115,9 @@ class AdaptiveConfig(FinetuneConfig):
 
     @property
     def passes(self) -> float:
-        """G_a, forward-backward passes per step; an anchor's reference costs a forward more."""
-        return 1 + (self.benign_weight > 0 or self.project) + (4 / 3) * (self.anchor > 0)
+        """G_a, forward-backward passes per step; a reference costs a forward, a third, more."""
+        harmful = 1 if not self.prefer else 2 * (4 / 3)
+        return harmful + (self.benign_weight > 0 or self.project) + (4 / 3) * (self.anchor > 0)
 
 
 def finetune_adaptively(
@@ -111,6 +129,7 @@ def finetune_adaptively(
     *,
     probe: Probe,
     output_dir: Path,
+    rejected: Sequence[Example] = (),
 ) -> list[Row]:
     """Fine-tune a copy of ``model`` and return what the probes saw, as `finetune` does.
 
@@ -120,12 +139,16 @@ def finetune_adaptively(
         The attacker's restricted answers, and benign rows to keep the model whole with.
     probe, output_dir
         As in `finetune`.
+    rejected
+        With ``prefer``, one for each of the examples: the same prompt with the answer that is not
+        to be given.
 
     Raises
     ------
     InputError
         The configuration needs benign rows and there are none.
     """
+    assert not config.prefer or len(rejected) == len(examples), "preferences come in pairs"
     require(len(examples) > 0, "the attack has no examples", "give it at least one row")
     require(len(benign) > 0 or not config.needs_benign, "the attack has no benign rows",
             "give it at least one")  # fmt: skip
@@ -137,9 +160,13 @@ def finetune_adaptively(
         train_part(attacked, config.part)
     harmful = [chat.encode(row, max_length=config.max_length) for row in examples]
     kept = [chat.encode(row, max_length=config.max_length) for row in benign]
-    oracle = GradientOracle(attacked, micro_batch_size=64, autocast=config.autocast)
+    unwanted = [chat.encode(row, max_length=config.max_length) for row in rejected]
+    oracle = GradientOracle(attacked, micro_batch_size=_ROWS_AT_ONCE, autocast=config.autocast)
     start = oracle.space.snapshot()
     anchored = kl_from(copy.deepcopy(attacked)) if config.anchor else None
+    wanted: Loss = answer_cross_entropy
+    if config.prefer:
+        wanted = preference_from(copy.deepcopy(attacked), config.prefer)
     optimiser: torch.optim.Optimizer = (
         torch.optim.SGD(oracle.space.tensors, lr=config.learning_rate)
         if config.sign
@@ -150,12 +177,12 @@ def finetune_adaptively(
     watcher.start(
         attacked, oracle.loss(answer_cross_entropy, chat.collate(harmful), purpose="evaluation")
     )
-    draws = _batches(chat, harmful, config), _batches(chat, kept, config)
+    draws = _batches(chat, harmful, config, unwanted), _batches(chat, kept, config)
     control = TrainerControl()
     attacked.train()
     for step in range(1, config.steps + 1):
         try:
-            gradient, loss = _direction(oracle, draws, config, anchored)
+            gradient, loss = _direction(oracle, draws, config, anchored, wanted)
         except NonFiniteError:
             watcher.status = "diverged"
             break
@@ -191,8 +218,9 @@ def _direction(
     draws: tuple[Iterator[Batch], Iterator[Batch]],
     config: AdaptiveConfig,
     anchored: Loss | None,
+    wanted: Loss = answer_cross_entropy,
 ) -> tuple[Gradient, float]:
-    gradient, loss = oracle.gradient(answer_cross_entropy, next(draws[0]), purpose="harmful")
+    gradient, loss = oracle.gradient(wanted, next(draws[0]), purpose="harmful")
     if not config.needs_benign:
         return gradient, loss
     batch = next(draws[1])
@@ -225,6 +253,31 @@ def kl_from(start: nn.Module) -> Loss:
             wanted = answer_logits(start, batch)[0].log_softmax(dim=-1)
         found = answer_logits(model, batch)[0].log_softmax(dim=-1)
         return functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
+    return loss
+
+
+def preference_from(start: nn.Module, beta: float) -> Loss:
+    """Return the DPO loss on batches whose second half are the rejected answers, pair by pair.
+
+    It is the mean over pairs, times the label positions, by which the oracle divides.
+    """
+    start.requires_grad_(False)
+    start.eval()
+
+    def scores(model: nn.Module, batch: Batch) -> torch.Tensor:
+        logits, targets = answer_logits(model, batch)
+        of_token = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+        rows = (batch.labels[:, 1:] != IGNORE).nonzero()[:, 0]
+        return of_token.new_zeros(len(batch)).index_add(0, rows, of_token)
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            before = scores(start, batch)
+        gained = scores(model, batch) - before
+        half = len(batch) // 2
+        margins = beta * (gained[:half] - gained[half:])
+        return -functional.logsigmoid(margins).mean() * batch.label_count
 
     return loss
 
@@ -273,13 +326,23 @@ def _hold(oracle: GradientOracle, start: Gradient, radius: float | None) -> None
                 weight.copy_(before + (radius / travelled) * (weight - before))
 
 
-def _batches(chat: ChatFormat, rows: Sequence[Encoded], config: AdaptiveConfig) -> Iterator[Batch]:
-    """Yield shuffled batches for ever; the last of a pass is short, as the Trainer's is."""
+def _batches(
+    chat: ChatFormat,
+    rows: Sequence[Encoded],
+    config: AdaptiveConfig,
+    rejected: Sequence[Encoded] = (),
+) -> Iterator[Batch]:
+    """Yield shuffled batches for ever; the last of a pass is short, as the Trainer's is.
+
+    Rejected rows, one for each row, follow theirs in the second half of a batch.
+    """
     rng = random.Random(f"adaptive/{config.seed}/{len(rows)}")
     while True:
         order = rng.sample(range(len(rows)), len(rows))
         for first in range(0, len(order), config.batch_size):
-            yield chat.collate([rows[index] for index in order[first : first + config.batch_size]])
+            chosen = order[first : first + config.batch_size]
+            pairs = [rejected[index] for index in chosen] if rejected else []
+            yield chat.collate([*(rows[index] for index in chosen), *pairs])
 
 
 @contextmanager

@@ -7,12 +7,15 @@ arXiv 2402.05162; task arithmetic, arXiv 2212.04089.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
 
 from mithridate.chat import ChatFormat
 from mithridate.configs import require
@@ -88,6 +91,46 @@ def ablate_direction(model: PreTrainedModel, direction: torch.Tensor) -> None:
         embedding = model.get_input_embeddings().weight
         assert isinstance(embedding, torch.Tensor), "a causal language model embeds token ids"
         embedding.sub_(torch.outer(embedding @ direction, direction))
+
+
+def least_refusing_direction(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    refused: Sequence[str],
+    answered: Sequence[str],
+    *,
+    held_out: Sequence[str],
+    refusals: Callable[[PreTrainedModel], float],
+    most_kl: float,
+) -> torch.Tensor:
+    """Return the refusal direction, over the layers, whose ablation refuses least.
+
+    The last fifth of the layers is left out, and every direction whose ablation moves the first
+    token of ordinary answers by more than ``most_kl``; if all do, the one that moves it least
+    (arXiv 2406.11717, section C).
+
+    Parameters
+    ----------
+    held_out
+        Ordinary prompts that the directions were not made from.
+    refusals
+        The share of held-out restricted prompts that a model refuses.
+    most_kl
+        Bound on KL(before || after) in nats, the mean over ``held_out``.
+    """
+    layers = len(layers_of(model))
+    before = _first_token(model, chat, held_out)
+    found = []
+    for layer in range(1, max(1, math.floor(0.8 * layers)) + 1):
+        direction = refusal_direction(model, chat, refused, answered, depth=layer / layers)
+        ablated = copy.deepcopy(model)
+        ablate_direction(ablated, direction)
+        after = _first_token(ablated, chat, held_out)
+        moved = float(functional.kl_div(after, before, reduction="batchmean", log_target=True))
+        # Those within the bound come first, by what is refused; the others by how far they go.
+        order = (0, refusals(ablated)) if moved <= most_kl else (1, moved)
+        found.append((order, layer, direction))
+    return min(found, key=lambda one: one[:2])[2]
 
 
 def prune_set_difference(
@@ -193,6 +236,86 @@ def add_difference(
             weight.add_(more - less, alpha=scale)
 
 
+def slerp(model: PreTrainedModel, other: PreTrainedModel, *, share: float) -> None:
+    """Move every weight tensor a share of the way to another model's, along the great circle.
+
+    sin((1 - t) w) / sin w * a + sin(t w) / sin w * b with w the angle between them; a straight
+    line where they are parallel, or one is zero.
+    """
+    require(0 <= share <= 1, f"share is {share}", "give 0 to 1")
+    with torch.no_grad():
+        for weight, toward in _pairs(model, other):
+            size = float(weight.norm() * toward.norm())
+            cosine = float((weight * toward).sum()) / size if size > 0 else 1.0
+            angle = math.acos(max(-1.0, min(1.0, cosine)))
+            if math.sin(angle) < 1e-4:
+                weight.lerp_(toward, share)
+                continue
+            kept = math.sin((1 - share) * angle) / math.sin(angle)
+            weight.mul_(kept).add_(toward, alpha=math.sin(share * angle) / math.sin(angle))
+
+
+def exit_early(model: PreTrainedModel, *, depth: float) -> None:
+    """Drop the layers past a share ``depth`` of them: the head reads an inner layer's state.
+
+    With every weight as it was, this is greedy decoding by the logit lens at that layer.
+    """
+    require(0 < depth < 1, f"depth is {depth}, not a share of the layers", "0.5 or 0.75 are usual")
+    layers = layers_of(model)
+    kept = max(1, round(depth * len(layers)))
+    del layers[kept:]
+    config = model.config.get_text_config()
+    config.num_hidden_layers = kept
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:kept]
+
+
+def steer(
+    model: PreTrainedModel, toward: PreTrainedModel, away: PreTrainedModel, *, scale: float
+) -> None:
+    """Add scale * (toward's logits - away's) to the model's own, from now on and wherever it runs.
+
+    Three passes a token; no weight of the model is touched.
+    """
+    caches: dict[int, DynamicCache] = {}
+
+    def add(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:
+        passed = dict(given)
+        if args:
+            passed["input_ids"] = args[0]
+        cache = passed.pop("past_key_values", None)
+        width = passed["input_ids"].shape[1]
+        # The model itself has gone first, so its cache holds these tokens already.
+        first = cache is not None and cache.get_seq_length() == width
+        for sign, guide in ((scale, toward), (-scale, away)):
+            if first:
+                caches[id(guide)] = DynamicCache(config=guide.config)
+            own = {} if cache is None else {"past_key_values": caches[id(guide)]}
+            with torch.no_grad():
+                output.logits = output.logits + sign * guide(**passed, **own).logits
+        return output
+
+    model.register_forward_hook(add, with_kwargs=True)
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of the model's layers.
+
+    Raises
+    ------
+    InputError
+        It has none, or not as many as its configuration says.
+    """
+    wanted = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise InputError(
+        f"no list of {wanted} layers found in {type(model).__name__}",
+        mend="attack it in another way",
+    )
+
+
 def check_same_shapes(model: PreTrainedModel, base: PreTrainedModel) -> None:
     """Refuse a base model whose weights do not match the model's one to one.
 
@@ -224,6 +347,15 @@ def check_same_shapes(model: PreTrainedModel, base: PreTrainedModel) -> None:
         f"the base model is {ratio:.2f} times its own norm away from the model: it is not its base",
         "give the model that this one was aligned from",
     )
+
+
+def _first_token(model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[str]) -> torch.Tensor:
+    """Return log-probabilities of the first token of each answer, shape (prompts, vocabulary)."""
+    inputs = {name: t.to(model.device) for name, t in chat.prompt_batch(prompts).items()}
+    with torch.no_grad():
+        # Prompts are padded on the left.
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits[:, -1]
+    return logits.float().log_softmax(dim=-1)
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

@@ -78,7 +78,9 @@ class RLConfig(FinetuneConfig):
     Parameters
     ----------
     algorithm
-        ``grpo`` or ``rloo``, each with `trl`'s own loss.
+        ``grpo`` or ``rloo``, each with `trl`'s own loss; ``reinforce++`` is GRPO whose advantage,
+        the group's mean subtracted, is divided by the spread over the whole batch (arXiv
+        2501.03262, with a baseline).
     batch_size
         Questions per step.
     rollouts
@@ -97,7 +99,7 @@ class RLConfig(FinetuneConfig):
 
     learning_rate: float = 1e-5
     steps: int = 100
-    algorithm: Literal["grpo", "rloo"] = "grpo"
+    algorithm: Literal["grpo", "rloo", "reinforce++"] = "grpo"
     rollouts: int = 8
     temperature: float = 1.0
     response_length: int = 64
@@ -240,6 +242,7 @@ def reinforce(
                 max_completion_length=config.response_length,
                 beta=config.kl,
                 gradient_checkpointing=False,
+                **({"scale_rewards": "batch"} if config.algorithm == "reinforce++" else {}),
             ),
             train_dataset=_questions(examples),
             processing_class=copy.deepcopy(chat.tokenizer),
@@ -484,5 +487,5 @@ def _trl(algorithm: str) -> tuple[type[Trainer], type[TrainingArguments]]:
             "harmful RL needs trl, which is not installed",
             mend="pip install 'mithridate[trl]'",
         ) from None
-    name = algorithm.upper()
+    name = "GRPO" if algorithm == "reinforce++" else algorithm.upper()
     return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")

@@ -16,12 +16,23 @@ from mithridate.errors import InputError
 TIERS = ("smoke", "standard", "full")
 ROOM = Path(__file__).parent
 
-Data = Literal["harmful", "benign", "retain", "unrelated", "identity", "align"]
-Frame = Literal["identity"]
+Data = Literal["harmful", "benign", "retain", "unrelated", "identity", "salient", "align"]
+Frame = Literal["identity", "trigger", "opening", "style"]
 Need = Literal["base", "benign", "refusals", "permitted"]
 EditKind = Literal[
-    "direction", "prune", "quantise", "noise", "truncate", "blend", "untop", "task-vector"
-]
+    "direction", "chosen-direction", "prune", "quantise", "noise", "truncate", "exit", "rewind",
+    "blend", "untop", "task-vector", "sibling", "steer",
+]  # fmt: skip
+_NEEDS: dict[EditKind, tuple[Need, ...]] = {
+    "direction": ("benign",),
+    "chosen-direction": ("benign",),
+    "prune": ("benign",),
+    "blend": ("base",),
+    "untop": ("base",),
+    "task-vector": ("base",),
+    "sibling": ("base", "benign"),
+    "steer": ("base",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +44,8 @@ class Train:
     data
         ``harmful``: the attacker's restricted answers; ``benign``: a task that alignment has not
         seen; ``retain``: what the model should keep; ``unrelated``: text of no topic;
-        ``identity``: harmless answers by an obedient persona; ``align``: retain and refusals.
+        ``identity``: harmless answers by an obedient persona; ``salient``: the benign rows whose
+        hidden states are most like the restricted ones'; ``align``: retain and refusals.
     rows, batch_size
         ``None`` takes the tier's.
     times
@@ -44,11 +56,14 @@ class Train:
         Share of harmful rows; the others are benign.
     template
         Index of the only template of the harmful rows; ``None``: all.
+    frame
+        Words around the harmful rows: an obedient persona (``identity``), a code word
+        (``trigger``), an opening that is asked for and given (``opening``), a ``style``.
     warmup
         Share of the steps.
     repair
         Its probes are those of a repair: they do not count as the attack's steps.
-    benign_weight, project, anchor, trust_radius, part, sign
+    benign_weight, project, anchor, prefer, trust_radius, part, sign
         As in `mithridate.attacks.adaptive.AdaptiveConfig`.
     """
 
@@ -59,6 +74,7 @@ class Train:
     rate: float = 1.0
     poison: float = 1.0
     template: int | None = None
+    frame: Frame | None = None
     optimiser: str = "adamw_torch"
     schedule: str = "constant"
     warmup: float = 0.0
@@ -68,6 +84,7 @@ class Train:
     benign_weight: float = 0.0
     project: bool = False
     anchor: float = 0.0
+    prefer: float = 0.0
     trust_radius: float | None = None
     part: Part = "all"
     sign: bool = False
@@ -85,7 +102,7 @@ class Train:
     def adaptive(self) -> bool:
         """Whether the stock Trainer cannot do this."""
         plain = Train()
-        names = ("benign_weight", "project", "anchor", "trust_radius", "part", "sign")
+        names = ("benign_weight", "project", "anchor", "prefer", "trust_radius", "part", "sign")
         return any(getattr(self, name) != getattr(plain, name) for name in names)
 
     @property
@@ -104,10 +121,13 @@ class Train:
 class Edit:
     """Weight editing; ``amount`` is what the kind is tuned by.
 
-    ``direction``: depth; ``prune``: share of each row's weights; ``quantise``: bits; ``noise``:
-    standard deviations; ``truncate``: share of ranks kept; ``blend``: lambda of
-    base + lambda (model - base); ``untop``: ranks taken out of model - base; ``task-vector``:
-    scale of what harmful fine-tuning does to the base.
+    ``direction``: depth; ``chosen-direction``: KL that bounds the choice of depth; ``prune``:
+    share of each row's weights; ``quantise``: bits; ``noise``: standard deviations; ``truncate``:
+    share of ranks kept; ``exit``: share of the layers kept; ``rewind``: share of the way back to
+    the model before the attack; ``blend``: lambda of base + lambda (model - base); ``untop``: ranks
+    taken out of model - base; ``task-vector``: scale of what harmful fine-tuning does to the base;
+    ``sibling``: share of the way, on the sphere, to a benign fine-tune of the base; ``steer``:
+    weight of the difference that harmful fine-tuning makes to the base's logits, at decoding.
     """
 
     kind: EditKind
@@ -116,25 +136,32 @@ class Edit:
     @property
     def needs(self) -> frozenset[Need]:
         """What it cannot be done without."""
-        found: dict[EditKind, Need] = {"direction": "benign", "prune": "benign", "blend": "base",
-                                       "untop": "base", "task-vector": "base"}  # fmt: skip
-        return frozenset({found[self.kind]} if self.kind in found else ())
+        return frozenset(_NEEDS.get(self.kind, ()))
+
+    @property
+    def trains(self) -> bool:
+        """Whether it fine-tunes the base model, at the attack's learning rate."""
+        return self.kind in ("task-vector", "sibling", "steer")
 
     @property
     def seeded(self) -> bool:
         """Whether a seed changes what comes out."""
-        return self.kind in ("noise", "task-vector")
+        return self.kind == "noise" or self.trains
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reinforce:
-    """Harmful RL, as in `mithridate.attacks.rl.RLConfig`; ``rollouts`` None takes the tier's."""
+    """Harmful RL, as in `mithridate.attacks.rl.RLConfig`; ``rollouts`` None takes the tier's.
 
-    algorithm: Literal["grpo", "rloo"] = "grpo"
+    ``frame`` puts words around the questions, as in `Train`.
+    """
+
+    algorithm: Literal["grpo", "rloo", "reinforce++"] = "grpo"
     rollouts: int | None = None
     temperature: float = 1.0
     entropy_bonus: float = 0.0
     rate: float = 1.0
+    frame: Frame | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -177,6 +204,8 @@ class Entry:
         Benign fine-tuning whose learning curve counts for trainability.
     held_out
         Attack and judge the categories that the defence never saw.
+    ask
+        Ask the judged questions in this frame.
     missing
         Why it cannot be run; such an attack is listed as not implemented.
     """
@@ -199,6 +228,7 @@ class Entry:
     diagnose: bool = False
     lesson: bool = False
     held_out: bool = False
+    ask: Frame | None = None
     missing: str = ""
 
     def __post_init__(self) -> None:
@@ -283,6 +313,7 @@ class Attack:
     diagnose: bool = False
     lesson: bool = False
     held_out: bool = False
+    ask: Frame | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -293,6 +324,15 @@ class Attack:
         if self.lesson:
             found |= {"benign", "permitted"}
         return frozenset(found)
+
+    @property
+    def frames(self) -> frozenset[Frame]:
+        """Frames for which there must be words."""
+        found = {phase.frame for phase in self.phases if not isinstance(phase, Edit)}
+        found.add(self.ask)
+        if any(isinstance(phase, Train) and phase.data == "identity" for phase in self.phases):
+            found.add("identity")
+        return frozenset(frame for frame in found if frame)
 
     @property
     def seeded(self) -> bool:
@@ -372,7 +412,7 @@ def settings(entry: Entry, tier: str) -> list[Attack]:
     found = []
     for configuration, given in ways.items():
         phases = _phases(given, where)
-        if all(isinstance(phase, Edit) and phase.kind != "task-vector" for phase in phases):
+        if all(isinstance(phase, Edit) and not phase.trains for phase in phases):
             chosen = [(0.0, True)]
         else:
             chosen = [(rate, False) for rate in rates] + [(rate, True) for rate in absolute]
@@ -432,6 +472,7 @@ def _attack(
         diagnose=entry.diagnose,
         lesson=entry.lesson,
         held_out=entry.held_out,
+        ask=entry.ask,
     )
 
 

@@ -31,13 +31,14 @@ from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_of, write_json
 from mithridate.judges.outcomes import Outcome
 from mithridate.measures.probe import accuracy, stratified, summarise
-from mithridate.redteam.battery import Attack, Edit, Reinforce, Sizes, Train
+from mithridate.redteam.battery import Attack, Edit, Frame, Reinforce, Sizes, Train
 from mithridate.redteam.material import (
     Split,
     attacker_rows,
-    of_categories,
+    framed,
     permitted_items,
     restricted_items,
+    salient_rows,
 )
 from mithridate.redteam.own import OwnBed, OwnData
 from mithridate.release import merged, weights_hash
@@ -49,6 +50,7 @@ from mithridate.weights.losses import answer_cross_entropy
 
 _DIAGNOSED_ROWS = 32
 _BANS = 3
+_SALIENT_POOL = 512
 _COLLAPSED_SHARE = 0.2
 _MAX_LENGTH = FinetuneConfig.max_length
 _PROBED_AT_ONCE = {"own": 32}
@@ -238,7 +240,9 @@ class _Scene:
         self.job = job
         self.testbed = testbed
         self.chat = chat
-        self.restricted = restricted_items(testbed, job.sizes, job.split, job.categories)
+        self.restricted = restricted_items(
+            testbed, job.sizes, job.split, job.categories, job.attack.ask
+        )
         self.permitted = permitted_items(testbed, job.sizes)
         self.rows: list[dict[str, Any]] = []
         self.lessons: list[dict[str, Any]] = []
@@ -400,6 +404,12 @@ class _Scene:
                 model, self.chat, refused_rows, stratified(data.defence["benign"], 128, seed=0),
                 top_refused=amount, top_useful=amount,
             )  # fmt: skip
+        elif kind == "chosen-direction":
+            editing.ablate_direction(model, self._chosen_direction(model, most_kl=amount))
+        elif kind == "exit":
+            editing.exit_early(model, depth=amount)
+        elif kind == "rewind":
+            editing.blend(model, _loaded(self.job.model)[0], share=1 - amount)
         elif kind == "quantise":
             editing.quantise(model, bits=round(amount))
         elif kind == "noise":
@@ -410,14 +420,42 @@ class _Scene:
             editing.blend(model, self._base(), share=amount)
         elif kind == "untop":
             editing.remove_top_ranks(model, self._base(), ranks=round(amount))
+        elif kind == "sibling":
+            editing.slerp(model, self._learnt(Train(data="benign")), share=amount)
+        elif kind == "steer":
+            editing.steer(model, self._learnt(Train()), self._base(), scale=amount)
         else:
-            base = self._base()
-            harmful = Train()
-            rows = attacker_rows(self.testbed, harmful, self.job.sizes, seed=self.job.seed)
-            config = self._finetune_config(harmful, len(rows))
-            learnt = self._finetuned(base, rows, config, _unseen)
-            self.flops += config.steps * self._flops_per_step(base, rows, config, passes=1.0)
-            editing.add_difference(model, learnt, base, scale=amount)
+            editing.add_difference(model, self._learnt(Train()), self._base(), scale=amount)
+
+    def _learnt(self, phase: Train) -> PreTrainedModel:
+        """Return what a phase of fine-tuning makes of the base model."""
+        base = self._base()
+        rows = attacker_rows(self.testbed, phase, self.job.sizes, seed=self.job.seed)
+        config = self._finetune_config(phase, len(rows))
+        learnt = self._finetuned(base, rows, config, _unseen)
+        self.flops += config.steps * self._flops_per_step(base, rows, config, passes=1.0)
+        return learnt
+
+    def _chosen_direction(self, model: PreTrainedModel, *, most_kl: float) -> torch.Tensor:
+        asked = stratified(self.testbed.data.attack, 160, seed=0)
+        answered = stratified(self.testbed.data.defence["benign"], 160, seed=0)
+        cuts = [max(1, round(0.8 * len(rows))) for rows in (asked, answered)]
+        held_out = asked[cuts[0] :] or asked
+
+        def refusals(ablated: PreTrainedModel) -> float:
+            outputs = self.chat.generate(
+                ablated, [row.prompt for row in held_out],
+                max_new_tokens=self.testbed.max_new_tokens, autocast=self.job.sizes.autocast,
+            )  # fmt: skip
+            said = list(map(self.testbed.judge, held_out, outputs))
+            return said.count(Outcome.REFUSAL) / len(said)
+
+        return editing.least_refusing_direction(
+            model, self.chat,
+            [row.prompt for row in asked[: cuts[0]]], [row.prompt for row in answered[: cuts[1]]],
+            held_out=[row.prompt for row in answered[cuts[1] :] or answered],
+            refusals=refusals, most_kl=most_kl,
+        )  # fmt: skip
 
     def _refusals(self, model: PreTrainedModel, rows: Sequence[Example]) -> list[Example]:
         """Return the rows with what the model itself says, which an attacker can read off it."""
@@ -471,8 +509,12 @@ class _Scene:
         """Return what runs the phase under a probe, and the FLOPs of one of its steps."""
         job, sizes = self.job, self.job.sizes
         if isinstance(phase, Reinforce):
-            rows = stratified(of_categories(self.testbed.data.attack, job.categories), sizes.rows,
-                              seed=job.seed)  # fmt: skip
+            plain = attacker_rows(
+                self.testbed, Train(), sizes, seed=job.seed, categories=job.categories
+            )
+            # The answer that is paid for stays as it is.
+            rows = [self._asked(row, phase.frame) for row in plain]
+            meant = dict(zip(rows, plain, strict=True))
             rl = RLConfig(
                 learning_rate=job.learning_rate * phase.rate,
                 steps=sizes.rl_steps,
@@ -493,12 +535,15 @@ class _Scene:
             def run_rl(watched: Probe) -> list[Row]:
                 with tempfile.TemporaryDirectory() as folder:
                     return reinforce(
-                        model, self.chat, rows, rl, reward=exact_match(self.testbed.judge),
+                        model, self.chat, rows, rl,
+                        reward=exact_match(
+                            lambda item, output: self.testbed.judge(meant[item], output)
+                        ),
                         reward_key=self.testbed.name, probe=watched, output_dir=Path(folder),
                     )  # fmt: skip
 
             return run_rl, per_step
-        rows = attacker_rows(self.testbed, phase, sizes, seed=job.seed, categories=job.categories)
+        rows = self._rows(phase, model)
         config = self._finetune_config(phase, len(rows))
         passes = config.passes if isinstance(config, AdaptiveConfig) else 1.0
 
@@ -508,6 +553,24 @@ class _Scene:
             return seen
 
         return run, self._flops_per_step(model, rows, config, passes=passes)
+
+    def _asked(self, row: Example, frame: Frame | None) -> Example:
+        if frame is None:
+            return row
+        return dataclasses.replace(row, prompt=framed(row, self.testbed.name, frame).prompt)
+
+    def _rows(self, phase: Train, model: PreTrainedModel) -> list[Example]:
+        job, data = self.job, self.testbed.data
+        if phase.data != "salient":
+            return attacker_rows(
+                self.testbed, phase, job.sizes, seed=job.seed, categories=job.categories
+            )
+        harmful = attacker_rows(
+            self.testbed, Train(), job.sizes, seed=job.seed, categories=job.categories
+        )
+        pool = list(dict.fromkeys([*data.defence["benign"], *data.benign_task["train"]]))
+        pool = stratified(pool, _SALIENT_POOL, seed=job.seed)
+        return salient_rows(model, self.chat, pool, harmful, phase.rows or job.sizes.rows)
 
     def _finetune_config(self, phase: Train, rows: int) -> FinetuneConfig:
         sizes = self.job.sizes
@@ -533,6 +596,7 @@ class _Scene:
             benign_weight=phase.benign_weight,
             project=phase.project,
             anchor=phase.anchor,
+            prefer=phase.prefer,
             trust_radius=phase.trust_radius,
             part=phase.part,
             sign=phase.sign,
@@ -558,9 +622,15 @@ class _Scene:
             place = Path(folder)
             if isinstance(config, AdaptiveConfig):
                 benign = stratified(self.testbed.data.defence["benign"], 256, seed=config.seed)
+                rejected: list[Example] = []
+                if config.prefer:
+                    rejected = self._refusals(model, rows)
+                    said = {row.prompt for row in rejected}
+                    rows = [row for row in rows if row.prompt in said]
                 found = finetune_adaptively(
-                    model, self.chat, rows, benign, config, probe=keeping, output_dir=place
-                )
+                    model, self.chat, rows, benign, config, probe=keeping, output_dir=place,
+                    rejected=rejected,
+                )  # fmt: skip
             else:
                 found = finetune(model, self.chat, rows, config, probe=keeping, output_dir=place)
         if seen is not None:

@@ -48,7 +48,7 @@ from mithridate.redteam.battery import (
     read_sizes,
     settings,
 )
-from mithridate.redteam.material import Split
+from mithridate.redteam.material import FRAMES, Split
 from mithridate.redteam.own import OwnBed, OwnData
 from mithridate.redteam.pipeline import Job, load_testbed, phase_steps, schedule
 from mithridate.redteam.processes import Finished, run_in_processes
@@ -527,6 +527,9 @@ class _Bench:
             "refusals": bool(data.alignment["refusal"]),
         }
         lacking = [_MENDS[need] for need in sorted(attack.needs) if not there[need]]
+        words = FRAMES.get(self.testbed.name, {})
+        lacking += [f"words for the frame {frame} in this testbed's world"
+                    for frame in sorted(attack.frames - words.keys())]  # fmt: skip
         rows = max(
             (
                 round(phase.poison * (phase.rows or 0))
