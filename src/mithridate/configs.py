@@ -94,7 +94,7 @@ def from_mapping(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             faults.append(f"unknown key {key!r}{hint}")
         elif not _fits(value, hints[key]):
-            faults.append(f"{key}: {value!r} is not {describe(hints[key])}")
+            faults.append(f"{key}: {value!r} is not {_due(value, hints[key])}")
     missing = [
         name
         for name, field in fields.items()
@@ -118,7 +118,7 @@ def check_values(config: Any) -> None:
     """Raise `InputError` naming every field of a dataclass that is not as its annotation says."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     faults = [
-        f"{field.name}: {value!r} is not {describe(hints[field.name])}"
+        f"{field.name}: {value!r} is not {_due(value, hints[field.name])}"
         for field in dataclasses.fields(config)
         if not _fits(value := getattr(config, field.name), hints[field.name])
     ]
@@ -219,6 +219,15 @@ def _convert(value: Any, hint: Any) -> Any:
         if option is float and not {int, str} & set(options):
             return float(value)
     return value
+
+
+def _due(value: Any, hint: Any) -> str:
+    """Return what ``value`` should have been: the limit, where its type is right."""
+    for option in _alternatives(hint):
+        if typing.get_origin(option) is Annotated and _fits(value, _bare(option)):
+            told: str = typing.get_args(option)[1].told
+            return told
+    return describe(hint)
 
 
 def _bare(option: Any) -> Any:

@@ -271,7 +271,7 @@ def test_a_missing_stream_is_refused_before_work(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flatness_weight": -1.0}, "flatness_weight: -1.0 is not float .0 or more"),
+        ({"flatness_weight": -1.0}, "flatness_weight: -1.0 is not 0 or more"),
         ({"retain_rows": 1, "retain": ["refusal", "benign"]}, "no row"),
         ({"retain": []}, "no row"),
         ({"harmful_rows": 0}, "harmful_rows: 0"),

@@ -16,11 +16,13 @@ from mithridate.methods.base import join
 from mithridate.methods.ctrap import CTRAP, CTRAPConfig, collapse_token
 from mithridate.methods.lookahead import LookAhead
 from mithridate.methods.sft import SFT, SFTConfig
+from mithridate.methods.trajectory import Trajectory, TrajectoryConfig
 from mithridate.weights import arithmetic, norm
 from tests.tiny import (
     FULL,
     LORA,
     SPECIALS,
+    VOCABULARY,
     WORDS,
     MemoryWatch,
     Vector,
@@ -391,6 +393,19 @@ def test_released_sets_everything_and_warns():
     assert method.config.collapse_on == "retain"
     assert method.config.collapse_weight == 0.1
     assert method.streams == ("harmful", "refusal", "general")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        method_for(collapse_token=VOCABULARY),
+        Trajectory(TrajectoryConfig(collapse_target="token", collapse_token=VOCABULARY)),
+    ],
+)
+def test_a_token_that_the_model_has_not_is_refused_before_work(method):
+    method.check(None)
+    with pytest.raises(InputError, match=f"no token {VOCABULARY} in a vocabulary of {VOCABULARY}"):
+        method.check(tiny_llama())
 
 
 def test_a_zero_harmful_gradient_stops_the_run(monkeypatch):

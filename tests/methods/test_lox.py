@@ -17,6 +17,7 @@ from mithridate.methods import lox
 from mithridate.methods.lox import LoX, LoXConfig
 from mithridate.training import TrainingConfig, immunise
 from tests.tiny import (
+    WORDS,
     MemoryWatch,
     tiny_context,
     tiny_examples,
@@ -31,6 +32,7 @@ STRENGTH = 1.25
 def base(tmp_path):
     """The folder of a model before its alignment."""
     tiny_llama(dtype=torch.float32, hidden=64).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -215,6 +217,26 @@ def test_bases_that_do_not_fit_are_refused_by_the_name_of_the_tensor(base, tmp_p
     ]:
         with pytest.raises(InputError, match=message):
             lox_for(folder).check(None)
+
+
+def test_a_base_of_equal_shapes_and_other_words_is_refused(base):
+    before = aligned(base)
+    tiny_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(base)
+    model = aligned(base)
+    with pytest.raises(InputError, match="44 tokens have another id"):
+        lox_for(base).prepare(tiny_context(model))
+    assert_same(model, before)
+    tiny_tokenizer([*WORDS, "added"]).save_pretrained(base)
+    assert lox_for(base).prepare(tiny_context(model))["matrices"] > 0
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="has no tokenizer"):
+        lox_for(base).prepare(tiny_context(aligned(base)))
+
+
+def assert_same(model, other):
+    for weight, expected in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(weight, expected)
 
 
 def test_an_adapter_is_refused(base, tmp_path):

@@ -394,7 +394,7 @@ def test_a_missing_stream_is_refused_before_work(tmp_path):
 
 def test_more_inner_layers_than_there_are_are_refused_before_work():
     with pytest.raises(InputError, match="9 inner layers"):
-        method_for(unlearning_layers=9).prepare(tiny_context(tiny_llama()))
+        method_for(unlearning_layers=9).check(tiny_llama())
 
 
 def test_released_sets_everything_and_warns():

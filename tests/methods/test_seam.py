@@ -282,7 +282,7 @@ def test_layers_drawn_per_step_are_seeded(space):
     assert relative_error(runs[0], runs[1]) == 0.0
     assert max(relative_error(runs[0], other) for other in runs[2:]) > 1e-3
     with pytest.raises(InputError, match="9 inner layers"):
-        step_of(method_for(unlearning_layers=9), model)
+        method_for(unlearning_layers=9).check(model)
 
 
 # (6) ---------------------------------------------------------------------------------------------

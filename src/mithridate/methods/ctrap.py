@@ -33,6 +33,7 @@ from itertools import chain
 from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 
 from mithridate.chat import Batch
 from mithridate.configs import Count, Natural, Positive, Weight, require
@@ -44,6 +45,7 @@ from mithridate.weights.hvp import add_exact
 from mithridate.weights.losses import (
     Loss,
     answer_cross_entropy,
+    check_token,
     token_collapse,
     token_probability,
     uniform_collapse,
@@ -189,6 +191,11 @@ class CTRAP(Method):
     @property
     def active_terms(self) -> tuple[str, ...]:
         return ("retain", "collapse") if self.trapped else ("retain",)
+
+    def check(self, model: nn.Module | None) -> None:
+        """Refuse a collapse token that the model does not have."""
+        if model is not None and self._token is not None:
+            check_token(model, self._token)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Choose the collapse token and, where asked for, measure the radius."""

@@ -18,9 +18,10 @@ tied weights           once                        the code moves a shared tenso
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,9 @@ from mithridate.configs import Count, Weight, require
 from mithridate.errors import InactiveTermError, InputError, RunStoppedError
 from mithridate.files import sha256_file, write_json
 from mithridate.methods.base import Method, MethodConfig, RunContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LARGEST_RANK = 16
 _OVERSAMPLING = 24
@@ -102,6 +106,7 @@ class LoX(Method):
         if self.config.strength == 0:
             return {"matrices": 0.0}
         model, base = context.oracle.model, self._base()
+        base.check_words(context.chat.tokenizer)
         pairs = self._pairs(model, base)
         found: dict[str, float] = {"svd_error": self._check_svd(context, base, pairs)}
         rows, captured, whole = [], 0.0, 0.0
@@ -209,7 +214,8 @@ class BaseModel:
 
     def __init__(self, source: str, revision: str | None) -> None:
         self.source = source
-        self._files = sorted(_folder(source, revision).glob("*.safetensors"))
+        self._folder = _folder(source, revision)
+        self._files = sorted(self._folder.glob("*.safetensors"))
         self._places: dict[str, Path] = {}
         self._shapes: dict[str, list[int]] = {}
         for path in self._files:
@@ -255,6 +261,31 @@ class BaseModel:
             )
         return source
 
+    def check_words(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a base whose tokenizer knows a token of ours by another id.
+
+        Tokens that only one of them has are no fault: alignment may add some.
+        """
+        if not any(self._folder.glob("tokenizer*")):
+            warnings.warn(
+                f"{self.source} has no tokenizer: its vocabulary is taken to be the model's",
+                stacklevel=2,
+            )
+            return
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False).get_vocab()
+        moved = [
+            word for word, own in tokenizer.get_vocab().items() if theirs.get(word, own) != own
+        ]
+        if moved:
+            raise InputError(
+                f"{len(moved)} tokens have another id in the base model's vocabulary (one of "
+                f"them: {moved[0]!r})",
+                where=self.source,
+                mend="give the very model that this one was aligned from",
+            )
+
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, as it is stored."""
         with safe_open(self._places[name], framework="pt") as file:
@@ -274,7 +305,9 @@ def _folder(source: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found: Any = snapshot_download(source, revision=revision, allow_patterns=["*.safetensors"])
+        found: Any = snapshot_download(
+            source, revision=revision, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]
+        )
     except (OSError, HFValidationError) as error:
         raise InputError(
             f"no such base model: {str(error).strip().splitlines()[0]}",

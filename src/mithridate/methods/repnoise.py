@@ -147,11 +147,15 @@ class RepNoise(Method):
         }
         return tuple(name for name, weight in weights.items() if weight)
 
+    def check(self, model: nn.Module | None) -> None:
+        """Refuse a model without the layers to be read, or the sites to be made noise."""
+        if model is not None:
+            self._unlearning.check(model)
+            if self.config.noise_weight:
+                sites_of(model, "mlp")
+
     def prepare(self, context: RunContext) -> dict[str, float]:
-        """Find layers and sites, and pair the streams where asked for."""
-        self._unlearning.read(context)
-        if self.config.noise_weight:
-            sites_of(context.oracle.model, "mlp")
+        """Pair the streams where asked for."""
         if self._paired:
             self._pairs = pair_by_prompt(context.examples["harmful"], context.examples["refusal"])
         return {}

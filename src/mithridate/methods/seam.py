@@ -44,6 +44,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 
 from mithridate.chat import IGNORE, Batch
 from mithridate.configs import Count, Positive, Range, Steps, Weight, require
@@ -201,6 +202,11 @@ class SEAM(Method):
         if self.config.unlearning != "none":
             terms.append("unlearning")
         return (*terms, "refusal") if self.config.refusal_weight else tuple(terms)
+
+    def check(self, model: nn.Module | None) -> None:
+        """Refuse a model without the layers to be read."""
+        if model is not None:
+            self._unlearning.check(model)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Pair the streams where asked for, and check the Hessian-vector products (F1)."""

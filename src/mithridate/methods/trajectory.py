@@ -20,6 +20,7 @@ from random import Random
 from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 
 from mithridate.configs import Count, Natural, Range, Steps, Weight, require
 from mithridate.errors import InputError
@@ -30,7 +31,13 @@ from mithridate.methods.reference import retain_near
 from mithridate.methods.walkers import HELD, Attacker, Simulator, Walker
 from mithridate.weights import Gradient
 from mithridate.weights.arithmetic import bound_, scale_
-from mithridate.weights.losses import Loss, answer_cross_entropy, token_collapse, uniform_collapse
+from mithridate.weights.losses import (
+    Loss,
+    answer_cross_entropy,
+    check_token,
+    token_collapse,
+    uniform_collapse,
+)
 
 Task = Literal["relabel", "repeat", "reorder"]
 _Dataset = Callable[[Random], list[Example]]
@@ -204,6 +211,11 @@ class Trajectory(Method):
         retention = ("retention_norm",) if self.config.benign_weight else ()
         divergence = ("retain_kl",) if self.config.retain_kl else ()
         return ("retain", *divergence, *collapse, *retention)
+
+    def check(self, model: nn.Module | None) -> None:
+        """Refuse a collapse token that the model does not have."""
+        if model is not None and self.config.collapse_token is not None:
+            check_token(model, self.config.collapse_token)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         categories = {example.category for example in context.examples["benign"]}

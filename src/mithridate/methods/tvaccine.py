@@ -94,16 +94,21 @@ class TVaccine(Method):
     def active_terms(self) -> tuple[str, ...]:
         return ("retain", "site_norm") if self.config.radius else ("retain",)
 
-    def prepare(self, context: RunContext) -> dict[str, float]:
-        """Check that the model has as many layers, and that each can be trained."""
-        layers = layers_of(context.oracle.model)
-        sites_of(context.oracle.model, self.config.site)
-        count = self._count(len(layers))
+    def check(self, model: nn.Module | None) -> None:
+        """Refuse a model that has not as many layers."""
+        if model is None:
+            return
+        depth = len(layers_of(model))
+        sites_of(model, self.config.site)
         require(
-            count <= len(layers),
-            f"layers {count}: the model has {len(layers)}",
+            self._count(depth) <= depth,
+            f"layers {self.config.layers}: the model has {depth}",
             "draw fewer, or null for a quarter",
         )
+
+    def prepare(self, context: RunContext) -> dict[str, float]:
+        """Check that each layer can be trained."""
+        layers = layers_of(context.oracle.model)
         for index, layer in enumerate(layers):
             if not any(p.requires_grad for p in layer.parameters()):
                 raise InputError(
@@ -111,7 +116,7 @@ class TVaccine(Method):
                     where="method tvaccine",
                     mend="adapt every layer (training.lora_targets), or use vaccine",
                 )
-        return {"layers": float(count)}
+        return {"layers": float(self._count(len(layers)))}
 
     def step(self, context: RunContext) -> dict[str, float]:
         oracle, terms = context.oracle, dict[str, float]()

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from mithridate.chat import Batch
 from mithridate.configs import Count
 from mithridate.errors import InputError
 from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient
-from mithridate.weights.losses import answer_cross_entropy, layerwise_cross_entropy
+from mithridate.weights.losses import answer_cross_entropy, final_norm, layerwise_cross_entropy
 
 Kind = Literal["layerwise_log", "log", "ascent", "none"]
 Layers = Count | Literal["all", "released"]
@@ -134,15 +135,26 @@ class Unlearning:
         """Return the hidden states to read, and what the sum over all heads is divided by."""
         if self.kind != "layerwise_log":
             return [], 1
-        config: Any = context.oracle.model.config
-        depth = int(config.get_text_config().num_hidden_layers)
+        depth = _depth(context.oracle.model)
         if self.layers == "released":
             return [*range(depth + 1)], depth + 1
         count = depth - 1 if self.layers == "all" else self.layers
+        return sorted(context.random("layers").sample(range(1, depth), count)), count + 1
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that has not as many layers, or no final norm to read them through."""
+        if self.kind != "layerwise_log":
+            return
+        depth = _depth(model)
+        count = self.layers if isinstance(self.layers, int) else depth - 1
         if not 1 <= count < depth:
             raise InputError(
                 f"{count} inner layers cannot be read in a model of {depth} layers",
                 where="unlearning_layers",
                 mend="choose from 1 to one less than the model has, or unlearning: log",
             )
-        return sorted(context.random("layers").sample(range(1, depth), count)), count + 1
+        final_norm(model)
+
+
+def _depth(model: Any) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)

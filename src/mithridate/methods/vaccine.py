@@ -105,9 +105,10 @@ class Vaccine(Method):
     def active_terms(self) -> tuple[str, ...]:
         return ("retain", "site_norm") if self.config.radius else ("retain",)
 
-    def prepare(self, context: RunContext) -> dict[str, float]:
-        """Find the sites, so that a model without them is refused before any work."""
-        return {"sites": float(len(sites_of(context.oracle.model, self.config.site)))}
+    def check(self, model: nn.Module | None) -> None:
+        """Refuse a model without the sites."""
+        if model is not None:
+            sites_of(model, self.config.site)
 
     def step(self, context: RunContext) -> dict[str, float]:
         batch = context.draw_joined(self.config.retain, self.config.batch_size)

@@ -114,6 +114,17 @@ def token_collapse(token_id: int) -> Loss:
     return loss
 
 
+def check_token(model: nn.Module, token_id: int) -> None:
+    """Refuse an id that the model has no logit for."""
+    vocabulary = _innermost(model).get_output_embeddings().weight.shape[0]
+    if token_id >= vocabulary:
+        raise InputError(
+            f"there is no token {token_id} in a vocabulary of {vocabulary}",
+            where="collapse_token",
+            mend=f"give an id from 0 to {vocabulary - 1}",
+        )
+
+
 def token_probability(token_id: int) -> Loss:
     """Return the sum of p(e | true context) over the answer positions; for logging."""
 
