@@ -194,6 +194,26 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         render_report(tmp_path)
 
 
+def test_utility_by_task_stands_beside_either_page(tmp_path: Path) -> None:
+    def row(task: str, *, counts: bool) -> dict[str, Any]:
+        change = {"estimate": -0.05, "low": -0.125, "high": 0.025, "answer": "inconclusive"}
+        return {
+            "task": task, "metric": "acc", "n": 60, "chance": 0.5, "counts": counts,
+            "reference": {"accuracy": 0.7}, "model": {"accuracy": 0.65}, "difference": change,
+        }  # fmt: skip
+
+    rows_ = [row("<b>piqa</b>", counts=True), row("sst2", counts=False)]
+    for folder in (
+        make_run(tmp_path / "demo"),
+        write(tmp_path / "battery", TRUTHS["held"](), listed=("P3",)),
+    ):
+        assert "Utility by task" not in text_of(folder)
+        write_json(folder / "utility.json", {"tasks": rows_})
+        text = squeezed(text_of(folder))
+        assert "<b>piqa</b> acc 60 0.50 0.700 0.650 -0.050 -0.125 to 0.025 inconclusive" in text
+        assert "not counted: too near chance" in text
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_browser_shows_a_battery_without_complaint(tmp_path: Path) -> None:
     folder = hostile(tmp_path / "run")

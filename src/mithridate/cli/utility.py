@@ -79,7 +79,7 @@ def _show(document: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right")
     table.add_column("")
     for row in document["tasks"]:
-        left_out = [] if row["counts"] else [f"too near chance, needs {row['needs']:.2f}"]
+        left_out = [] if row["counts"] else [f"not counted, needs {row['needs']:.2f}"]
         if row["model"]["truncated"]:
             left_out.append(f"{row['model']['truncated']} requests cut")
         table.add_row(
@@ -97,22 +97,19 @@ def _show(document: Mapping[str, Any]) -> None:
     console.print(table)
     found = document["utility"]
     if found is None:
-        console.print(Text("No task counts: every one is too near chance.", style="yellow"))
+        console.print(Text("\nNo task counts: each is too near chance.", style="yellow"))
     else:
         values = [f"{name} {found[name]:.3f}" for name in ("reference", "model") if name in found]
-        line = Text(f"\nutility over {len(found['tasks'])} tasks: {', '.join(values)}  ")
+        tasks = "1 task" if len(found["tasks"]) == 1 else f"{len(found['tasks'])} tasks"
+        line = Text(f"\nutility over {tasks}: {', '.join(values)}  ")
         for part in _difference(found["difference"]):
             line.append_text(part).append("  ")
         console.print(line)
-    console.print(
-        Text(
-            "in brackets 95 % intervals over items; differences with the 90 % interval of two "
-            "one-sided tests, paired by item"
-            if compared
-            else "in brackets 95 % intervals",
-            style="dim",
-        )
-    )
+    told = "in brackets 95 % intervals over items; a task counts from chance + 0.1 on, and from 3 "
+    told += "standard errors above it"
+    if compared:
+        told += "; differences, paired by item, with the 90 % interval of two one-sided tests"
+    console.print(Text(told, style="dim"))
 
 
 def _share(found: Mapping[str, Any]) -> Any:

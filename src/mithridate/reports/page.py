@@ -18,7 +18,7 @@ from mithridate.reports.conclusion import HARM_LIMIT, conclude
 from mithridate.reports.html import flat, printable_lines, render
 from mithridate.reports.limits import NOT_RUN, validity_limits
 from mithridate.reports.run_folder import TARGETS, RunFolder, read_run
-from mithridate.reports.verdict_page import battery_page, section
+from mithridate.reports.verdict_page import battery_page, section, utility_rows
 from mithridate.testbeds import TESTBEDS
 
 NAMES = {"undefended": "Undefended", "defended": "Immunised"}
@@ -128,6 +128,7 @@ def render_report(
         samples_note=_samples_note(shown=reveal or harmless),
         subtitle=_VERDICTS[conclusion.kind],
         title=" · ".join(part for part in (testbed, method) if part) or run_dir.name,
+        utility=utility_rows(run_dir),
         verdict=section(run_dir, verdict),
     )
     write_atomic(path, page)
@@ -141,6 +142,7 @@ _READ = {
     "samples.json",
     "summary.json",
     "trajectory.jsonl",
+    "utility.json",
 }
 
 

@@ -97,6 +97,7 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
     testbed = document["testbed"]
     tier = [f"tier {run['tier']}"] if run.get("tier") else []
     chips = [testbed, document["method"], *tier]
+    utility = utility_rows(run_dir)
     return render(
         "battery.html.j2",
         {},
@@ -106,7 +107,7 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
             {name: printable(str(value)) for name, value in one.items()}
             for one in run.get("failed", ())
         ],
-        files=", ".join(sorted(document["sources"])),
+        files=", ".join(sorted([*document["sources"], *(["utility.json"] if utility else [])])),
         limits=validity_limits(testbed),
         provenance=[
             *flat(document["sources"]),
@@ -114,8 +115,39 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
         ],
         stamps=stamps,
         title=" · ".join(part for part in (testbed, document["method"]) if part) or run_dir.name,
+        utility=utility,
         verdict=view,
     )
+
+
+def utility_rows(run_dir: Path) -> list[dict[str, str]]:
+    """Return what ``utility.json`` says of each task, if the run folder has one."""
+    path = run_dir / "utility.json"
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in document["tasks"]:
+        found = row["difference"] or {"estimate": None, "low": None}
+        rows.append(
+            {
+                "task": printable(row["task"]),
+                "metric": printable(row["metric"]),
+                "n": str(row["n"]),
+                "chance": f"{row['chance']:.2f}",
+                "counts": "" if row["counts"] else "not counted: too near chance",
+                **{name: _accuracy(row.get(name)) for name in ("reference", "model")},
+                "difference": "" if row["difference"] is None else f"{found['estimate']:+.3f}",
+                "between": "" if found["low"] is None else _between(found),
+                "answer": found.get("answer", ""),
+                "tone": _tone(found.get("answer", "")),
+            }
+        )
+    return rows
+
+
+def _accuracy(found: Mapping[str, Any] | None) -> str:
+    return f"{found['accuracy']:.3f}" if found else ""
 
 
 def kind_of(verdict: str) -> str:

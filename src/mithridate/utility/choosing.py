@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,10 @@ class Task:
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows that are asked."""
         return self.splits[self.split]
+
+    def first(self, limit: int | None) -> Task:
+        """Return the task with its first ``limit`` rows."""
+        return replace(self, splits={**self.splits, self.split: self.rows[:limit]})
 
 
 def choose(names: Sequence[str], data: Path | None) -> list[Task]:

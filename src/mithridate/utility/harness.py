@@ -149,7 +149,7 @@ def score(lm: Any, asked: Asked, chat: ChatFormat, first: int, last: int, *, pla
     Raises
     ------
     InputError
-        The task's first metric is no accuracy.
+        The model reads too few tokens for the task, or its first metric is no accuracy.
     """
     from lm_eval.evaluator import evaluate
 
@@ -171,6 +171,13 @@ def score(lm: Any, asked: Asked, chat: ChatFormat, first: int, last: int, *, pla
                 apply_chat_template=not plain,
                 fewshot_as_multiturn=True,
             )
+    except AssertionError as error:
+        # So the harness says that an answer is longer than what the model reads.
+        raise InputError(
+            f"the harness cannot ask the task {asked.task.name!r} of this model: {_told(error)}",
+            mend="leave the task out, or lower max_gen_toks in a copy of its file; what other "
+            "tasks scored is kept",
+        ) from error
     finally:
         ready.dataset = whole
     scores = Scores(truncated=[heard.truncated])

@@ -90,7 +90,7 @@ def run_utility(plan: UtilityPlan, *, on_event: Listener = silent) -> dict[str, 
         if Path(source).is_dir():
             models.check_model_folder(Path(source))
     on_event(Event(stage="reading the tasks"))
-    tasks = choose(plan.tasks, plan.data)
+    tasks = [task.first(plan.limit) for task in choose(plan.tasks, plan.data)]
     for task in tasks:
         open_task(task, plain=True)
     scores: dict[str, dict[str, Scores]] = {}
@@ -129,7 +129,7 @@ def run_utility(plan: UtilityPlan, *, on_event: Listener = silent) -> dict[str, 
             )
             path = plan.output_dir / "utility" / f"{key}.json"
             scores[target][task.name] = _score(
-                lm, one, chat, path, plan, plain=plain,
+                lm, one, chat, path, plain=plain,
                 stage=f"{task.name} on the {target}", on_event=on_event,
             )  # fmt: skip
     rows = [_row(one, {name: found[one.task.name] for name, found in scores.items()})
@@ -166,14 +166,13 @@ def _score(
     asked: Asked,
     chat: ChatFormat,
     path: Path,
-    plan: UtilityPlan,
     *,
     plain: bool,
     stage: str,
     on_event: Listener,
 ) -> Scores:
     """Return what the task's items score; those that a former run finished are kept."""
-    total = min(len(asked.task.rows), plan.limit or len(asked.task.rows))
+    total = len(asked.task.rows)
     found = Scores()
     if path.exists():
         found = Scores(**json.loads(path.read_text(encoding="utf-8")))
