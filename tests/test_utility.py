@@ -189,6 +189,30 @@ def test_a_testbeds_questions_are_judged_by_its_judge(
 
 
 @harness
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["base", "aligned"])
+def test_harness_and_probe_agree_on_lattice_item_by_item(which: str, tmp_path: Path) -> None:
+    from mithridate.chat import ChatFormat
+    from mithridate.judges.outcomes import Outcome
+    from mithridate.models import load
+    from mithridate.testbeds.lattice import Lattice
+
+    bed = Lattice()
+    run_utility(
+        UtilityPlan(model=f"lattice:{which}", tasks=("lattice:permitted",), output_dir=tmp_path)
+    )
+    model, tokenizer = load(str(bed.base_model() if which == "base" else bed.aligned_model()))
+    outputs = ChatFormat(tokenizer).generate(
+        model, [item.prompt for item in bed.data.permitted], max_new_tokens=bed.max_new_tokens
+    )
+    (stored,) = (tmp_path / "utility").iterdir()
+    assert json.loads(stored.read_text())["right"]["exact"] == [
+        int(bed.judge(item, output) is Outcome.EXACT)
+        for item, output in zip(bed.data.permitted, outputs, strict=True)
+    ]
+
+
+@harness
 def test_the_command_prints_its_document_and_nothing_else(
     models: Path, tasks: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

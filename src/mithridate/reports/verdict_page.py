@@ -108,7 +108,7 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
             for one in run.get("failed", ())
         ],
         files=", ".join(sorted([*document["sources"], *(["utility.json"] if utility else [])])),
-        limits=validity_limits(testbed),
+        limits=validity_limits(testbed, str(run.get("judge", {}).get("name", "exact"))),
         provenance=[
             *flat(document["sources"]),
             *(flat(json.loads(manifest.read_text(encoding="utf-8"))) if manifest.exists() else ()),
