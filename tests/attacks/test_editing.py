@@ -163,6 +163,9 @@ def test_a_base_that_is_not_the_base_is_refused(model):
     near = copy.deepcopy(model)
     editing.add_noise(near, scale=0.3, seed=0)
     editing.check_same_shapes(model, near)
+    destroyed = copy.deepcopy(model)
+    editing.add_noise(destroyed, scale=3.0, seed=2)
+    editing.check_same_shapes(destroyed, model)
     with pytest.raises(InputError, match="it is not its base"):
         editing.check_same_shapes(model, tiny_model(seed=1))
     with pytest.raises(InputError, match="do not match"):

@@ -355,6 +355,18 @@ def test_another_run_s_folder_a_wrong_base_and_unknown_models_are_refused(bed, b
     run_redteam(given, testbed=bed, sizes=SIZES, runner=Serial(bed))
     with pytest.raises(InputError, match="a run on other models"):
         run_redteam(config(bed, battery, tmp_path, model="tiny:aligned"), testbed=bed, sizes=SIZES)
+    manifest = tmp_path / "run" / "manifest.json"
+    whole = manifest.read_text()
+    for text, said in (
+        (whole.replace('"schema": 1', '"schema": 7'), "a run of version 7"),
+        (whole[:40], "not the manifest of a run"),
+        ("[]", "not the manifest of a run"),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(InputError, match=said) as error:
+            run_redteam(given, testbed=bed, sizes=SIZES)
+        assert "choose another --output-dir" in str(error.value)
+    manifest.write_text(whole)
     stranger = tmp_path / "stranger"
     model, tokenizer = load(str(bed.folder / "base"))
     torch.manual_seed(5)

@@ -22,6 +22,7 @@ from mithridate.configs import require
 from mithridate.errors import InputError
 from mithridate.examples import Example
 
+_DESCENDS = 0.5
 # Names of the linear layers that write to the residual stream, over the common architectures.
 _WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense_4h_to_h", "wo", "w2")
 
@@ -322,8 +323,9 @@ def check_same_shapes(model: PreTrainedModel, base: PreTrainedModel) -> None:
     Raises
     ------
     InputError
-        Other names or shapes, or matrices farther apart than the base's own norm: two models
-        trained apart are about 1.4 times as far from each other as from nothing.
+        Other names or shapes, or matrices whose projection on the base's is less than half of
+        them: about all in what was made from the base, even by adding noise, and about nothing in
+        a model that was trained apart.
     """
     own, other = _shapes(model), _shapes(base)
     if own != other:
@@ -335,16 +337,16 @@ def check_same_shapes(model: PreTrainedModel, base: PreTrainedModel) -> None:
             where="--base",
             mend="give the model that this one was aligned from",
         )
-    apart = size = 0.0
+    common = size = 0.0
     for weight, reference in _pairs(model, base):
         if weight.dim() < 2:
             continue  # Weights of norms begin at one in every model.
-        apart += float((weight - reference).detach().double().square().sum())
-        size += float(reference.detach().double().square().sum())
-    ratio = math.sqrt(apart / size)
+        theirs = reference.detach().double()
+        common += float((weight.detach().double() * theirs).sum())
+        size += float(theirs.square().sum())
     require(
-        ratio < 1,
-        f"the base model is {ratio:.2f} times its own norm away from the model: it is not its base",
+        common / size > _DESCENDS,
+        f"the model holds {common / size:.2f} of the base model's weights: it is not its base",
         "give the model that this one was aligned from",
     )
 

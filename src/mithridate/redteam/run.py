@@ -667,12 +667,19 @@ class _RunFolder:
         self._lessons: list[dict[str, Any]] = []
         manifest = self.path / "manifest.json"
         if manifest.exists():
-            before = json.loads(manifest.read_text(encoding="utf-8")).get("models")
-            require(
-                before == self._hashes,
-                f"{self.path} holds a run on other models",
-                "choose another --output-dir; finished attacks are kept all the same",
-            )
+            self._check(manifest)
+
+    def _check(self, manifest: Path) -> None:
+        """Refuse a folder that holds something else than an earlier start of this very run."""
+        mend = "choose another --output-dir; finished attacks are kept all the same"
+        try:
+            before = json.loads(manifest.read_text(encoding="utf-8"))
+            schema, hashes = before.get("schema"), before.get("models")
+        except (ValueError, AttributeError):
+            raise InputError("not the manifest of a run", where=str(manifest), mend=mend) from None
+        require(hashes == self._hashes, f"{self.path} holds a run on other models", mend)
+        require(schema == SCHEMA, f"{self.path} holds a run of version {schema}, this program "
+                f"writes version {SCHEMA}", mend)  # fmt: skip
 
     def start(self, finished: Sequence[_Planned]) -> None:
         """Write what is known before the attacks, and the rows of those that are finished."""
