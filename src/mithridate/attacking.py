@@ -131,13 +131,15 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
         if not Path(source).is_dir():
             _check_room(model.num_parameters(), base, plan.output_dir)
         chat = ChatFormat(tokenizer)
+        attack = dataclasses.replace(base, max_length=_within(model, base.max_length))
+        new_tokens = _answer_length(model, chat, items)
         hashes[target], templates[target] = weights_hash(model), chat.template_hash
         for rate in plan.learning_rates:
             folder = plan.output_dir / "attacks" / f"{target}-{rate:g}"
             rows = _attack_one(
-                model, chat, items, dataclasses.replace(base, learning_rate=rate), judge,
-                folder=folder, stage=f"attacking the {target} model at {rate:g}",
-                keep=plan.keep_answers, on_event=on_event,
+                model, chat, items, dataclasses.replace(attack, learning_rate=rate), judge,
+                new_tokens=new_tokens, folder=folder, keep=plan.keep_answers,
+                stage=f"attacking the {target} model at {rate:g}", on_event=on_event,
             )  # fmt: skip
             record = read_record(folder)
             if record is not None and record.status == "diverged":
@@ -229,6 +231,31 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _within(model: PreTrainedModel, length: int) -> int:
+    return min(length, models.positions(model) or length)
+
+
+def _answer_length(model: PreTrainedModel, chat: ChatFormat, items: _Items) -> int:
+    """Return how many tokens an answer may have beside the longest question.
+
+    Raises
+    ------
+    InputError
+        If that question fills all the positions that the model has.
+    """
+    asked = (*items.restricted, *items.permitted)
+    longest = max(len(chat.prompt_ids(item.prompt)) for item in asked)
+    room = _within(model, longest + _MAX_NEW_TOKENS) - longest
+    if room < 1:
+        raise InputError(
+            f"a question has {longest} tokens, and the model takes {models.positions(model)} "
+            "with the answer",
+            where="--eval or --permitted",
+            mend="shorten the question or leave it out",
+        )
+    return room
+
+
 def _read_items(plan: AttackPlan, judge: Judge) -> _Items:
     asked = "harmful" if judge.needs_answers else "prompts"
     sets = {
@@ -250,6 +277,7 @@ def _attack_one(
     config: FinetuneConfig,
     judge: Judge,
     *,
+    new_tokens: int,
     folder: Path,
     stage: str,
     keep: bool,
@@ -270,13 +298,13 @@ def _attack_one(
         chat,
         items.attack,
         config,
-        probe=_probe(chat, items, config, judge, folder if keep else None),
+        probe=_probe(chat, items, config, judge, new_tokens, folder if keep else None),
         probe_key=sha256_of(
             [
                 fingerprint(items.restricted),
                 fingerprint(items.permitted),
                 judge.description(),
-                _MAX_NEW_TOKENS,
+                new_tokens,
                 keep,
             ]
         ),
@@ -290,6 +318,7 @@ def _probe(
     items: _Items,
     config: FinetuneConfig,
     judge: Judge,
+    new_tokens: int,
     keep: Path | None,
 ) -> Callable[[PreTrainedModel, int], dict[str, float]]:
     answered = all(item.answer for item in items.restricted)
@@ -307,7 +336,7 @@ def _probe(
         outputs = chat.generate(
             model,
             [item.prompt for item in (*items.restricted, *items.permitted)],
-            max_new_tokens=_MAX_NEW_TOKENS,
+            max_new_tokens=new_tokens,
             autocast=config.autocast,
         )
         count = len(items.restricted)

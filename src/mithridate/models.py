@@ -127,6 +127,12 @@ def load(
     return model, tokenizer
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """Return how many tokens ``model`` takes at a time, where its configuration says so."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def requirements(parameters: int, *, copies: int, checkpoints: int) -> Requirements:
     """Return what training ``parameters`` weights in float32 needs at its peak.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mithridate.attacking import AttackPlan, run_attack
 from mithridate.errors import InputError
@@ -207,6 +207,43 @@ def test_the_three_commands_follow_each_other(world: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert {"undefended", "defended", "attack", "seed"} <= set(summary)
     assert json.loads(run("report", attacked, "--json").stdout)["bytes"] > 10_000
+
+
+@pytest.fixture
+def short(world: Path, tmp_path: Path) -> Path:
+    """A model of 16 learnt positions: one token more is an error, not a guess."""
+    config = GPT2Config(
+        vocab_size=len(tiny_tokenizer()), n_positions=16, n_embd=8, n_layer=1, n_head=1
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
+    tiny_tokenizer().save_pretrained(tmp_path / "short")
+    return tmp_path / "short"
+
+
+def rows_of(path: Path, prompt: str) -> str:
+    rows = [{"prompt": f"{prompt} w{n}", "answer": "w2 w3", "category": "c"} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.filterwarnings("ignore:--general not given")
+def test_rows_longer_than_the_model_s_positions_lose_their_beginning(
+    world: Path, short: Path, tmp_path: Path
+) -> None:
+    long = rows_of(tmp_path / "long.jsonl", "w1 " * 40)
+    streams = {"refusal": str(world / "refusal.jsonl"), "benign": long}
+    run_immunisation(immunisation(world, tmp_path / "o", model=str(short), streams=streams))
+    found = run_attack(attack(world, tmp_path / "a", model=str(short), harmful=long))
+    assert "defended" in found
+
+
+def test_a_question_that_leaves_no_room_for_an_answer_is_refused(
+    world: Path, short: Path, tmp_path: Path
+) -> None:
+    long = rows_of(tmp_path / "long.jsonl", "w1 " * 40)
+    with pytest.raises(InputError, match="and the model takes 16 with the answer"):
+        run_attack(attack(world, tmp_path / "a", model=str(short), evaluation=long))
+    assert not (tmp_path / "a" / "attacks").exists()
 
 
 @pytest.mark.filterwarnings("ignore:--general not given", "ignore:sft does not use")

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import mithridate
+from mithridate import models
 from mithridate.chat import Batch, ChatFormat
 from mithridate.configs import require
 from mithridate.errors import InputError, NonFiniteError, RunInterruptedError, RunStoppedError
@@ -276,7 +277,8 @@ def immunise(
         checkpoint is kept.
     """
     # Methods make batches of their own too, and the bound on length is on every one.
-    chat = ChatFormat(tokenizer, max_length=config.max_length)
+    longest = min(config.max_length, models.positions(model) or config.max_length)
+    chat = ChatFormat(tokenizer, max_length=longest)
     folder = RunFolder(output_dir)
     identity = _identity(model, chat, examples, method, config)
     folder.read_manifest()
