@@ -184,6 +184,7 @@ def test_equal_weights_are_searched_once_and_failures_do_not_stop_a_search(bed, 
     assert [(one["target"], one["trials"], one["failed"]) for one in summary["searches"]] == [
         ("undefended", TRIALS, 1), ("defended", TRIALS, 1),
     ]  # fmt: skip
+    assert [one["flops"] for one in summary["searches"]] == [4.0 * (TRIALS - 1)] * 2
     assert {one["target"] for one in summary["failed"]} == {"undefended", "defended"}
     assert summary["exit_code"] == 3
     rows = [row for row in lines(tmp_path / "run" / "attacks.jsonl") if row["attack"] == "TP1"]

@@ -425,10 +425,11 @@ class _Bench:
         self._rate, self._targets, self._folder = rate, targets, folder
         for entry in battery.entries:
             self._plan(entry)
-        finished = [one for one in self._planned.values() if one.job.path.exists()]
-        folder.start(finished)
-        self._over = len(finished)
-        waiting = [one.job for one in self._planned.values() if not one.job.path.exists()]
+        # Looked at once: another battery may finish one of them at any moment.
+        there = {path: one for path, one in self._planned.items() if path.exists()}
+        folder.start(list(there.values()))
+        self._over = len(there)
+        waiting = [one.job for path, one in self._planned.items() if path not in there]
         # The longest first, so that no process is left alone with one at the end.
         self._queue = deque(sorted(waiting, key=lambda job: -_weight(job)))
         self._started = True
@@ -560,7 +561,8 @@ class _Bench:
             one = self._planned[job.path] = _Planned(job=job)
         if owner not in one.owners:
             one.owners.append(owner)
-            if self._started and job.path.exists():
+            there = self._started and job.path.exists()
+            if there:
                 self._folder.add(one, [owner])
                 self._over += new
             elif self._started and new:
@@ -591,9 +593,11 @@ class _Bench:
                                 if not path.exists() and path not in self._failed}  # fmt: skip
 
     def _trial_paths(self, hunt: _Hunt, attack: Attack) -> list[Path]:
+        """Return where a trial's attacks are, each once whatever it is called."""
         seeds = self._selecting or self._reporting
-        return [self._want((name, attack, seed, split), hunt.target)
-                for name in hunt.names for seed, split in seeds]  # fmt: skip
+        paths = [self._want((name, attack, seed, split), hunt.target)
+                 for name in hunt.names for seed, split in seeds]  # fmt: skip
+        return list(dict.fromkeys(paths))
 
     def _report(self, hunt: _Hunt) -> None:
         """Run what a search settled on against every model, on the seeds that report.
