@@ -40,6 +40,7 @@ def steps(bed: Testbed, on_event: Listener) -> list[Measurement]:
             ("A5", "ctrap", ("peak_memory_ratio", "memory ratio")),
             ("A5", "ctrap", ("memory_time_ratio", "memory x time ratio")),
             ("A6", "ctrap", ("clock_ratio", "clock ratio")),
+            ("A6", "ctrap", ("cpu_ratio", "processor time ratio")),
             *(("A7", name, ("clock_ratio", "clock ratio")) for name in _METHODS),
         )
     ]

@@ -78,7 +78,8 @@ def _published(figure: Mapping[str, str]) -> str:
 
 
 def _measured(one: Mapping[str, Any]) -> str:
-    return _safe(f"{one['subject']}: {one['quantity']} {value(one)}")
+    void = f", says nothing: {one['void']}" if one["void"] else ""
+    return _safe(f"{one['subject']}: {one['quantity']} {value(one)}{void}")
 
 
 def value(one: Mapping[str, Any]) -> str:
@@ -116,6 +117,7 @@ def _sources(document: Mapping[str, Any]) -> str:
             f"commit {source['commit']}" if "commit" in source else "",
             source.get("machine", ""),
             f"seeds {', '.join(map(str, seeds))}" if seeds else "",
+            " and ".join(source.get("measured", [])),
         ]
         lines.append(f"- `{source['file']}`: " + ", ".join(filter(None, map(str, told))))
     lines += [f"- not measured, {_safe(error)}" for error in document["failed"].values()]

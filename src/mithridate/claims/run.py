@@ -60,15 +60,15 @@ PROBES = (
     Probe(name="passes of SDD", claims=("A1",), module=counts, measure=counts.sdd),
     Probe(name="passes of CTRAP", claims=("A2",), module=counts, measure=counts.ctrap),
     Probe(name="passes of SEAM", claims=("A3",), module=counts, measure=counts.seam),
-    Probe(name="clock and memory", claims=("A1", "A5", "A6", "A7"), module=costs,
-          measure=costs.steps),
-    Probe(name="rollouts", claims=("A4",), module=costs, measure=costs.rollouts),
     Probe(name="exposure", claims=("A22",), module=leaks, measure=leaks.exposure),
     Probe(name="finite difference", claims=("F4",), module=products,
           measure=products.finite_difference),
     Probe(name="rounding", claims=("F5",), module=rounding, measure=rounding.adamw_step),
     Probe(name="collapse loss", claims=("F11",), module=collapse, measure=collapse.direction),
     Probe(name="break-even", claims=("A18",), module=accounts, measure=accounts.break_even),
+    Probe(name="clock and memory", claims=("A1", "A5", "A6", "A7"), module=costs,
+          measure=costs.steps),
+    Probe(name="rollouts", claims=("A4",), module=costs, measure=costs.rollouts),
 )  # fmt: skip
 
 FILES: dict[str, Callable[[Path, str], list[Measurement]]] = {
@@ -113,8 +113,11 @@ def run_claims(plan: ClaimsPlan, *, on_event: Listener = silent) -> dict[str, An
     probed = _probed(plan, bed, failed, on_event)
     for part in probed.values():
         measured += [from_record(record) for record in part["measured"]]
-    if probed:
-        sources.append(_described("claims", plan, next(iter(probed.values()))))
+    origins: dict[str, dict[str, Any]] = {}
+    for name, part in probed.items():
+        source = _described("claims", plan, part)
+        origins.setdefault(str(source), source | {"measured": []})["measured"].append(name)
+    sources += origins.values()
     missing = {one.id: f"needs `{one.measured_by.format(testbed=plan.testbed)}`" for one in claims}
     missing |= {name: failed[p.name] for p in PROBES if p.name in failed for name in p.claims}
     judged = [
