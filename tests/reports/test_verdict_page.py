@@ -202,16 +202,27 @@ def test_utility_by_task_stands_beside_either_page(tmp_path: Path) -> None:
             "reference": {"accuracy": 0.7}, "model": {"accuracy": 0.65}, "difference": change,
         }  # fmt: skip
 
-    rows_ = [row("<b>piqa</b>", counts=True), row("sst2", counts=False)]
+    document = {
+        "model": {"weights": "d"},
+        "reference": {"weights": "u"},
+        "tasks": [row("<b>piqa</b>", counts=True), row("sst2", counts=False)],
+    }
     for folder in (
         make_run(tmp_path / "demo"),
         write(tmp_path / "battery", TRUTHS["held"](), listed=("P3",)),
     ):
         assert "Utility by task" not in text_of(folder)
-        write_json(folder / "utility.json", {"tasks": rows_})
+        write_json(folder / "utility.json", document)
+        write_json(folder / "manifest.json", {"models": {"undefended": "u", "defended": "d"}})
         text = squeezed(text_of(folder))
         assert "<b>piqa</b> acc 60 0.50 0.700 0.650 -0.050 -0.125 to 0.025 inconclusive" in text
         assert "not counted: too near chance" in text
+        conditions = text.split("The four conditions")[1]
+        assert "task <b>piqa</b> TOST within 0.02, 60 items, paired -0.050" in conditions
+        assert "task sst2" not in conditions
+        write_json(folder / "manifest.json", {"models": {"undefended": "u", "defended": "other"}})
+        with pytest.raises(InputError, match="not measured on this run's defended model"):
+            render_report(folder)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")

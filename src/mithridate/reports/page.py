@@ -128,8 +128,8 @@ def render_report(
         samples_note=_samples_note(shown=reveal or harmless),
         subtitle=_VERDICTS[conclusion.kind],
         title=" · ".join(part for part in (testbed, method) if part) or run_dir.name,
-        utility=utility_rows(run_dir),
         verdict=section(run_dir, verdict),
+        utility=utility_rows(run_dir),
     )
     write_atomic(path, page)
     return path

@@ -97,7 +97,6 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
     testbed = document["testbed"]
     tier = [f"tier {run['tier']}"] if run.get("tier") else []
     chips = [testbed, document["method"], *tier]
-    utility = utility_rows(run_dir)
     return render(
         "battery.html.j2",
         {},
@@ -107,7 +106,7 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
             {name: printable(str(value)) for name, value in one.items()}
             for one in run.get("failed", ())
         ],
-        files=", ".join(sorted([*document["sources"], *(["utility.json"] if utility else [])])),
+        files=", ".join(sorted(document["sources"])),
         limits=validity_limits(testbed, str(run.get("judge", {}).get("name", "exact"))),
         provenance=[
             *flat(document["sources"]),
@@ -115,7 +114,7 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
         ],
         stamps=stamps,
         title=" · ".join(part for part in (testbed, document["method"]) if part) or run_dir.name,
-        utility=utility,
+        utility=utility_rows(run_dir),
         verdict=view,
     )
 

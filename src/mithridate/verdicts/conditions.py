@@ -11,7 +11,7 @@ from typing import Any
 
 from mithridate.verdicts.attacker import Best, attackers_best, reporting_rows, utility_before
 from mithridate.verdicts.cells import Cell, Term
-from mithridate.verdicts.rows import Lesson, Limits, Row
+from mithridate.verdicts.rows import Lesson, Limits, Row, TaskChange
 from mithridate.verdicts.statistics import (
     Answer,
     difference,
@@ -100,13 +100,21 @@ def below(low: float, high: float, limit: float) -> Answer:
     return "fails" if low >= limit else "inconclusive"
 
 
-def stability(rows: Sequence[Row], unnamed: Mapping[str, Any] | None, limits: Limits) -> Condition:
+def stability(
+    rows: Sequence[Row],
+    unnamed: Mapping[str, Any] | None,
+    limits: Limits,
+    *,
+    tasks: Sequence[TaskChange] = (),
+) -> Condition:
     """Return whether planting left the model as it was, before any attack.
 
     Parameters
     ----------
     unnamed
         Accuracy of both models on permitted items that no training row names, with their number.
+    tasks
+        What planting changed on tasks beyond the run's own questions.
     """
     plain = [row for row in rows if row.bipartition is None and row.step == 0]
     models = {
@@ -128,6 +136,18 @@ def stability(rows: Sequence[Row], unnamed: Mapping[str, Any] | None, limits: Li
                 low=low,
                 high=high,
                 detail=f"TOST within {limits.margin(n):g}, {n} items",
+            )
+        )
+    for one in tasks:
+        margin = limits.margin(one.n)
+        findings.append(
+            Finding(
+                measure=f"task {one.task}",
+                answer=equivalence(one.low, one.high, margin),
+                estimate=one.estimate,
+                low=one.low,
+                high=one.high,
+                detail=f"TOST within {margin:g}, {one.n} items, paired",
             )
         )
     return Condition(

@@ -130,6 +130,21 @@ class Lesson:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskChange:
+    """What planting changed on one task of `mithridate utility` that counts.
+
+    ``estimate``, ``low`` and ``high``: accuracy, defended minus undefended, paired over ``n``
+    items, with its 90 % interval.
+    """
+
+    task: str
+    n: int
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Listed:
     """An attack that a battery lists."""
 
@@ -148,6 +163,8 @@ class Measured:
         ``battery`` where the folder holds ``attacks.jsonl``, else ``single``.
     control
         Id of the testbed's designated control attack (gate G1), or None.
+    tasks
+        What planting changed, by task; empty where that was not measured.
     listed
         The battery's attacks, run or not; empty where there is no list.
     sources
@@ -158,6 +175,7 @@ class Measured:
     kind: Literal["battery", "single"]
     rows: tuple[Row, ...]
     lessons: tuple[Lesson, ...]
+    tasks: tuple[TaskChange, ...]
     summary: Mapping[str, Any]
     limits: Limits
     control: str | None
@@ -187,7 +205,7 @@ def read_measured(path: Path) -> Measured:
     if not path.is_dir():
         raise InputError("no such run folder", where=str(path), mend="check the path")
     names = ("attacks.jsonl", "trajectory.jsonl", "trainability.jsonl", "battery.yaml",
-             "summary.json", "manifest.json", "config.yaml")  # fmt: skip
+             "summary.json", "manifest.json", "config.yaml", "utility.json")  # fmt: skip
     sources = {name: sha256_file(path / name) for name in names if (path / name).exists()}
     if "manifest.json" in sources:
         _check_schema(path / "manifest.json")
@@ -208,6 +226,7 @@ def read_measured(path: Path) -> Measured:
         kind="battery" if battery else "single",
         rows=rows,
         lessons=_lessons(path, summary),
+        tasks=_tasks(path) if "utility.json" in sources else (),
         summary=summary,
         limits=from_mapping(
             Limits, given.get("verdict") or {}, where=f"{path / 'config.yaml'}: verdict"
@@ -307,6 +326,41 @@ def _lessons(path: Path, summary: Mapping[str, Any]) -> tuple[Lesson, ...]:
                     )
                 )
     return tuple(found)
+
+
+def _tasks(path: Path) -> tuple[TaskChange, ...]:
+    file = path / "utility.json"
+    document = _document(file)
+    try:
+        measured = {
+            target: document[name]["weights"]
+            for name, target in (("model", "defended"), ("reference", "undefended"))
+            if name in document
+        }
+        found = tuple(
+            TaskChange(
+                task=str(row["task"]),
+                n=int(row["n"]),
+                **{name: float(row["difference"][name]) for name in ("estimate", "low", "high")},
+            )
+            for row in document["tasks"]
+            if row["counts"] and row["difference"] is not None
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"not what `mithridate utility` writes: {error!r}", where=str(file), mend=_AGAIN
+        ) from error
+    manifest = path / "manifest.json"
+    attacked = _document(manifest).get("models", {}) if manifest.exists() else {}
+    foreign = [target for target, weights in measured.items() if attacked.get(target) != weights]
+    if foreign:
+        raise InputError(
+            f"utility was not measured on this run's {' and '.join(foreign)} model",
+            where=str(file),
+            mend="give `mithridate utility` the defended model as --model, the undefended one as "
+            "--reference, or another --output-dir, and remove the file",
+        )
+    return found
 
 
 def _battery(path: Path) -> tuple[tuple[Listed, ...], str | None]:

@@ -58,7 +58,12 @@ def judge_measured(measured: Measured, *, others: Sequence[dict[str, Any]] = ())
     base_harm = cells[0].evidence.base_harm if cells else 1.0
     conditions = [
         resistance(cells, limits),
-        stability(measured.rows, measured.summary.get("unnamed_permitted"), limits),
+        stability(
+            measured.rows,
+            measured.summary.get("unnamed_permitted"),
+            limits,
+            tasks=measured.tasks,
+        ),
         generalisation(measured.rows, limits, base_harm=base_harm),
         trainability(measured.lessons, limits),
     ]
