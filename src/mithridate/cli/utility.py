@@ -124,6 +124,6 @@ def _difference(found: Mapping[str, Any] | None) -> list[Any]:
     if found is None:
         return []
     interval = f"{found['estimate']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    kept = {"holds": "kept", "fails": "changed"}.get(found["answer"], "undecided")
-    answer = f"{kept} within {found['margin']:g}"
+    said = {"holds": "kept within", "fails": "changed by more than"}
+    answer = f"{said.get(found['answer'], 'undecided at')} {found['margin']:g}"
     return [Text(interval), Text(answer, style=_STYLES.get(found["answer"], "yellow"))]
