@@ -16,6 +16,7 @@ from mithridate.methods import coupling
 from mithridate.methods.coupling import Angle, Coupling
 from mithridate.methods.pairs import pair_by_prompt, without_common_tokens
 from mithridate.methods.seam import SEAM, SEAMConfig
+from mithridate.methods.sft import SFT, SFTConfig
 from mithridate.weights import GradientOracle, arithmetic, dot, norm
 from mithridate.weights.hvp import fidelity
 from mithridate.weights.losses import answer_cross_entropy
@@ -439,6 +440,27 @@ def test_passes_and_buffers(monkeypatch, options, passes, buffers):
     assert method.parameter_buffers == buffers
     held = watch.peak / context.space.bytes - 1
     assert buffers - 0.5 < held < buffers + 0.6
+
+
+@pytest.mark.parametrize("unlearning", ["log", "layerwise_log"])
+@pytest.mark.parametrize("rows", [4, 16])
+def test_memory_is_within_the_floor_where_activations_outweigh_weights(
+    monkeypatch, unlearning, rows
+):
+    monkeypatch.setattr(arithmetic, "_CHUNK", 512)
+
+    def peak(method):
+        context = tiny_context(tiny_llama(dtype=torch.float32, hidden=64, layers=3))
+        method.prepare(context)
+        context.space.give_gradient(None)
+        with MemoryWatch() as watch:
+            method.step(context)
+        return 3 + watch.peak / context.space.bytes  # weights and AdamW's moments
+
+    plain = peak(SFT(SFTConfig(batch_size=rows, retain=("refusal",))))
+    seam = peak(method_for(batch_size=rows, hvp="finite", epsilon=1e-3, unlearning=unlearning))
+    assert plain > 4
+    assert seam < 1.1 * (plain + 3)
 
 
 def test_several_micro_batches_cost_the_sixth_call():

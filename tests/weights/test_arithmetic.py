@@ -10,7 +10,7 @@ from torch import nn
 
 from mithridate.errors import InputError
 from mithridate.weights import WeightSpace, dot, norm
-from mithridate.weights.arithmetic import bound_, scale_
+from mithridate.weights.arithmetic import bound_, gram, scale_
 from tests.tiny import LORA, tiny_llama, tiny_model
 
 numbers = st.floats(-1e4, 1e4, width=32)
@@ -110,6 +110,7 @@ def test_dot_and_norm_are_those_of_float64(data):
     expected = sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
     assert dot(a, b) == pytest.approx(expected, rel=1e-12, abs=1e-12)
     assert norm(a) == pytest.approx(math.sqrt(dot(a, a)))
+    assert gram(a, b) == pytest.approx((dot(a, a), expected, dot(b, b)), rel=1e-12, abs=1e-12)
 
 
 def test_dot_keeps_what_float32_sums_lose():
@@ -126,6 +127,18 @@ def test_bound_limits_the_norm_and_leaves_short_gradients_alone(data, limit):
     assert norm(gradient) <= limit * (1 + 1e-5)
     if size <= limit:
         assert all(torch.equal(a, b) for a, b in zip(gradient, before, strict=True))
+
+
+def test_exchanged_weights_stand_in_place_without_a_copy():
+    space = WeightSpace(nn.Linear(3, 1))
+    own = [p.data_ptr() for p in space.tensors]
+    others = [torch.full((1, 3), 2.0), torch.ones(1)]
+    theirs = [tensor.data_ptr() for tensor in others]
+    with space.exchanged(others):
+        assert [p.data_ptr() for p in space.tensors] == theirs
+        assert [tensor.data_ptr() for tensor in others] == own
+    assert [p.data_ptr() for p in space.tensors] == own
+    assert [tensor.data_ptr() for tensor in others] == theirs
 
 
 def test_travel_is_the_distance_from_the_start():

@@ -93,6 +93,24 @@ def test_one_forward_can_fill_two_buffers(model):
     assert (count.forwards, count.backwards, count.tokens) == (1, 2, batch.tokens)
 
 
+def test_terms_are_made_in_turn_and_an_empty_buffer_is_filled(model):
+    oracle, batch = GradientOracle(model), tiny_batch()
+    first, lengths = [], []
+
+    def forward():
+        for factor in (1.0, 2.0):
+            lengths.append(len(first))
+            yield factor * mean_loss(model, batch)
+
+    for _ in range(2):
+        oracle.backward(forward, tokens=batch.tokens, purpose="two", into=(first, None))
+    # The second round adds to what the first has filled.
+    truth = gradient_of(model, mean_loss(model, batch))
+    assert lengths == [0, len(truth), len(truth), len(truth)]
+    assert relative_error(first, [2 * tensor for tensor in truth]) < 1e-12
+    assert relative_error(oracle.space.gradient(), [4 * tensor for tensor in truth]) < 1e-12
+
+
 def test_a_gradient_by_given_tensors_leaves_the_weights_alone(model):
     oracle, batch = GradientOracle(model), tiny_batch()
     factor = torch.full((), 2.0, dtype=torch.float64, requires_grad=True)
