@@ -308,6 +308,8 @@ def test_a_missing_data_file_is_named(tmp_path: Path) -> None:
         (("task: colours", "task: colours\ndoc_to_image: !function os.system"), "not valid YAML"),
         (("output_type: multiple_choice", "output_type: loglikelihood_rolling"), "output_type is"),
         (("{data_files: {test: rows.jsonl}}", "{}"), "does not name its data"),
+        (("metric: acc,", "metric: bleurt,"), "the metric 'bleurt' is not counted"),
+        (("metric: acc,", "metric: acc, hf_evaluate: true,"), "the metric 'acc' is not counted"),
     ],
 )
 def test_a_task_file_that_runs_code_or_needs_the_network_is_refused(

@@ -31,6 +31,8 @@ _KEYS = frozenset(
 """What a task file may say; all else that the harness knows runs code or needs the network."""
 
 _KINDS = ("multiple_choice", "generate_until")
+_METRICS = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
+"""Those that say right or wrong of each item; of others the harness asks the network for code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +154,16 @@ def _from_file(path: Path, data: Path) -> Task:
         faults.append(f"dataset_path is {config.get('dataset_path')!r}: data are read offline")
     if config.get("output_type", "generate_until") not in _KINDS:
         faults.append(f"output_type is {config.get('output_type')!r}")
+    for entry in config.get("metric_list") or ():
+        metric = entry.get("metric") if isinstance(entry, Mapping) else entry
+        if metric not in _METRICS or (isinstance(entry, Mapping) and entry.get("hf_evaluate")):
+            faults.append(f"the metric {metric!r} is not counted here")
     if faults:
         raise InputError(
             "; ".join(faults),
             where=str(path),
-            mend=f"use dataset_path: json, output_type: {' or '.join(_KINDS)}, and of the "
-            f"harness's keys: {', '.join(sorted(_KEYS))}",
+            mend=f"use dataset_path: json, output_type: {' or '.join(_KINDS)}, the metrics "
+            f"{', '.join(_METRICS)}, and of the harness's keys: {', '.join(sorted(_KEYS))}",
         )
     named = _data_files(path)
     split = config.get("test_split") or config.get("validation_split")
