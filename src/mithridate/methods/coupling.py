@@ -62,6 +62,7 @@ class Coupling:
             g_b, _ = oracle.gradient(answer_cross_entropy, b, purpose="fidelity")
         angle = Angle.between(g_a, g_b)
         angle.turn_(g_a, g_b)
+        del g_b  # the check holds several buffers of its own
         check = fidelity(
             oracle,
             answer_cross_entropy,

@@ -242,6 +242,7 @@ def fidelity(
                     reference="exact" if exact else "half step",
                 )
             )
+            del product, reference  # their room is the next step's
     usable = [one for one in found if not one.void]
     if not usable:
         table = "; ".join(
