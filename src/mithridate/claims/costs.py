@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 RUNS = 5
 SECONDS = 8.0
 """Timed in each run; at least three steps of each method whatever it takes."""
-ROLLOUTS, RESPONSES = (2, 4, 8), (8, 16, 32)
+CELLS = ((2, 8), (2, 32), (4, 8), (4, 16), (8, 8), (8, 32))
+"""Rollouts and longest answer of TokenBuncher, the largest last."""
 _METHODS = {"sdd": "SDD", "ctrap": "CTRAP", "seam": "SEAM", "tokenbuncher": "TokenBuncher, K = 4"}
 _ATLAS = "smollm2-135m"
 
@@ -52,23 +53,21 @@ def steps(bed: Testbed, on_event: Listener) -> list[Measurement]:
 
 def rollouts(bed: Testbed, on_event: Listener) -> list[Measurement]:
     """A4: whether TokenBuncher's step grows in proportion to what it samples."""
-    variants = {
+    variants: dict[str, tuple[str, Mapping[str, Any]]] = {
         f"{count} x {length}": (
-            "tokenbuncher", {"rollouts": count, "response_length": length},
+            "tokenbuncher",
+            {"rollouts": count, "response_length": length},
         )
-        for count in ROLLOUTS
-        for length in RESPONSES
-    }  # fmt: skip
+        for count, length in CELLS
+    }
     plan = CostPlan(shape=_shape(bed), methods=("sft",), seconds=SECONDS)
+    counts = [count for count, _ in CELLS]
     ratios, sampled = [], 0.0
     for run in _repeated(plan, variants, on_event):
-        cells = [run["methods"][name] for name in variants]
-        counts = [count for count in ROLLOUTS for _ in RESPONSES]
-        ratios.append(beyond_line(
-            [cell["generated_tokens"] for cell in cells], counts,
-            [cell["step_seconds"] for cell in cells],
-        ))  # fmt: skip
-        sampled = cells[-1]["generated_tokens"]
+        rows = [run["methods"][name] for name in variants]
+        tokens = [row["generated_tokens"] for row in rows]
+        ratios.append(beyond_line(tokens, counts, [row["step_seconds"] for row in rows]))
+        sampled = tokens[-1]
     return [
         Measurement(
             claim="A4",
@@ -76,8 +75,7 @@ def rollouts(bed: Testbed, on_event: Listener) -> list[Measurement]:
             subject="TokenBuncher",
             **over_repeats(ratios),
             over="runs",
-            setting=f"K of {ROLLOUTS}, answers of {RESPONSES} tokens; the largest step samples "
-            f"{sampled:.0f}",
+            setting=f"K x length of {', '.join(variants)}; the last samples {sampled:.0f} tokens",
             model=_described(plan),
         )
     ]
