@@ -35,7 +35,7 @@ COMMANDS = (
 
 def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [sys.executable, "-m", "mithridate.cli.app", *arguments],
+        [sys.executable, "-m", "mithridate", *arguments],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -51,7 +51,7 @@ from mithridate.weights.losses import (
     uniform_collapse,
 )
 
-_WATCH_EVERY = 50
+_WATCH_EVERY = 10
 _RARE = 1e-4
 
 
