@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,11 +46,14 @@ def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_takes_less_than_half_a_second() -> None:
+    # Processor time: a busy machine is not the program's fault.
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = os.times()
         run("--help")
-        seconds.append(time.perf_counter() - started)
+        after = os.times()
+        spent = after.children_user + after.children_system
+        seconds.append(spent - before.children_user - before.children_system)
     assert min(seconds) < 0.5, seconds
 
 
