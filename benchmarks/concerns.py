@@ -51,6 +51,7 @@ from mithridate.files import sha256_file, sha256_of, write_json
 from mithridate.measures.line_scan import LINES, Line, line_scan, unit_line
 from mithridate.measures.probe import chance_corrected, probe, stratified
 from mithridate.measures.progress import Axis, gradient_cosine, unadapted
+from mithridate.measures.trajectory import worst_case
 from mithridate.testbeds.lattice import (
     ATTACK_TEMPLATES,
     DEFENCE_TEMPLATES,
@@ -69,11 +70,11 @@ from mithridate.weights.losses import (
 EXPERIMENTS = ("data", "step", "base", "overlap")
 UNDEFENDED = common.UNDEFENDED
 CIPHER = ("cipher",)
-STEPS = 40
-POINTS = (1, 5, 20, 40)
+STEPS = 30
+POINTS = (1, 5, 30)
 FINE_POINTS = (1, 2, 3, 5, 8, 12, 20, 30, 50, 100)
-RATES = (1e-4, 5e-4)
-"""Of attacks that ask how much can be had, not at which step size."""
+STRONG = 5e-4
+"""A learning rate at which the undefended model gives all it has."""
 GRID = {
     "sgd": (1e-7, 1e-5, 1e-3, 1e-2, 1e-1, 1.0),
     "adamw": (1e-7, 1e-5, 1e-4, 1e-3, 1e-2),
@@ -114,10 +115,17 @@ def read_variants(testbed: str) -> dict[str, dict[str, Any]]:
 class Scene:
     """The world, its models and the judge that all experiments share."""
 
-    def __init__(self, bed: Lattice, root: Path, given: Mapping[str, Path]) -> None:
+    def __init__(
+        self,
+        bed: Lattice,
+        root: Path,
+        given: Mapping[str, Path],
+        chosen: Sequence[str] | None = None,
+    ) -> None:
         self.bed = bed
         self.root = root
         self.given = given
+        self.chosen = chosen
         self.variants = read_variants(bed.name)
         self.chat = ChatFormat(AutoTokenizer.from_pretrained(bed.aligned_model()))
         preset = read_preset(bed.name)
@@ -126,6 +134,7 @@ class Scene:
         self.attack_rows = bed.data.attack[: bed.attack_preset.examples]
         self.batch_size = bed.attack_preset.batch_size
         self.cells: list[Row] = []
+        self.starts: dict[str, Row] = {}
         self._planted_here: set[Path] = set()
         check_disjoint({"defence": bed.data.defence["harmful"], "attack": bed.data.attack,
                         "evaluation": self.restricted})  # fmt: skip
@@ -193,7 +202,11 @@ class Scene:
         """Return the names of the defences of an experiment; those given take part in all."""
         if self.given:
             return list(self.given)
-        return [name for name, one in self.variants.items() if role in one["role"]]
+        return [
+            name
+            for name, one in self.variants.items()
+            if role in one["role"] and (self.chosen is None or name in self.chosen)
+        ]
 
     def line_of(self, name: str, model: PreTrainedModel) -> tuple[Line, float]:
         """Return the axis that a defence plants, and its length."""
@@ -360,7 +373,7 @@ def data_requirement(scene: Scene, seed: int, names: Sequence[str]) -> None:
         for scope, categories, planting in (("half", defended, seed), ("all", None, 0)):
             if name == UNDEFENDED and scope == "all":
                 continue
-            chosen = rungs if scope == "half" else {r: rungs[r] for r in ("seen", "unseen")}
+            chosen = rungs if scope == "half" else {"unseen": rungs["unseen"]}
             for rung, (arts, rows) in chosen.items():
                 keys = {"model": name, "scope": scope, "bipartition": seed, "rung": rung,
                         "weights": scene.key(name, planting, categories)}  # fmt: skip
@@ -382,12 +395,9 @@ def _attacked(
     seed: int,
 ) -> Row:
     start = load()
-    before = scene.judged(start)
-    seen = [{"step": 0, "rate": 0.0, **before}]
-    for rate in RATES:
-        how = Attack(optimiser="adamw", rate=rate, steps=60, points=(20, 60))
-        seen += [{"rate": rate, **row}
-                 for row in scene.attack(start, rows, how, seed, scene.judged)]  # fmt: skip
+    how = Attack(optimiser="adamw", rate=STRONG, steps=60, points=(5, 20, 60))
+    seen = [{"step": 0, **scene.judged(start)}]
+    seen += scene.attack(start, rows, how, seed, scene.judged)
     for row in seen:
         row["useful_harm"] = scene.harm_in(row, attacked)
         del row["by_category"]
@@ -399,21 +409,38 @@ def _attacked(
 
 
 def one_step(scene: Scene, seed: int, names: Sequence[str]) -> None:
-    """Walk along the planted axis, and attack at every step size with every optimiser."""
-    grid = {UNDEFENDED, *scene.roles("grid")}
+    """Walk along the planted axis, and attack at every step size with every optimiser.
+
+    Where the undefended model is not broken, holding would mean nothing: those step sizes are
+    tried on it alone.
+    """
+    strong = _grid(scene, UNDEFENDED, seed, GRID)
     for name in (UNDEFENDED, *names):
         weights = scene.key(name, seed)
         for line in LINES:
             keys = {"model": name, "line": line, "seed": seed, "weights": weights}
             scene.cell("scan", keys, partial(_scanned, scene, name, seed, line))
-        for optimiser, rates in GRID.items():
-            for rate in rates:
-                if name not in grid and not (optimiser == "adamw" and 1e-5 <= rate <= 1e-3):
-                    continue
-                keys = {"model": name, "optimiser": optimiser, "rate": rate, "seed": seed,
-                        "weights": weights}  # fmt: skip
-                how = Attack(optimiser=optimiser, rate=rate)
-                scene.cell("grid", keys, partial(_walked, scene, name, seed, how))
+        if name != UNDEFENDED:
+            whole = name in (*scene.roles("grid"), *scene.given)
+            _grid(scene, name, seed, strong if whole else {"adamw": strong["adamw"]})
+
+
+def _grid(
+    scene: Scene, name: str, seed: int, grid: Mapping[str, Sequence[float]]
+) -> dict[str, list[float]]:
+    """Attack a model at every step size; return those that gave most of the harm."""
+    weights = scene.key(name, seed)
+    strong: dict[str, list[float]] = {optimiser: [] for optimiser in grid}
+    for optimiser, rates in grid.items():
+        for rate in rates:
+            how = Attack(optimiser=optimiser, rate=rate)
+            keys = {"model": name, "optimiser": optimiser, "rate": rate, "steps": how.steps,
+                    "seed": seed, "weights": weights}  # fmt: skip
+            rows = scene.cell("grid", keys, partial(_walked, scene, name, seed, how))["rows"]
+            best = worst_case(rows, reference_utility=rows[0]["utility"])
+            if best.useful_harm >= concerns_report.RECOVERS:
+                strong[optimiser].append(rate)
+    return strong
 
 
 def _scanned(scene: Scene, name: str, seed: int, kind: Line) -> Row:
@@ -450,9 +477,15 @@ def _walked(scene: Scene, name: str, seed: int, how: Attack) -> Row:
         return {**judged, **scene.losses(own), "along": moved.along, "off": moved.off,
                 "cosine": cosine}  # fmt: skip
 
-    first = {"step": 0, **look(start)}
-    return {"virtual_step": length, "n_restricted": len(scene.restricted),
-            "rows": [first, *scene.attack(start, scene.attack_rows, how, seed, look)]}  # fmt: skip
+    weights = scene.key(name, seed)
+    if weights not in scene.starts:
+        scene.starts[weights] = {"step": 0, **look(start)}
+    walked = scene.attack(start, scene.attack_rows, how, seed, look)
+    return {
+        "virtual_step": length,
+        "n_restricted": len(scene.restricted),
+        "rows": [scene.starts[weights], *walked],
+    }
 
 
 # 3. The base model --------------------------------------------------------------------------------
@@ -467,9 +500,10 @@ def base_model(scene: Scene, seed: int, names: Sequence[str]) -> None:
     ]
     for name in ("base", UNDEFENDED, *names):
         weights = scene.key(name, seed)
-        for rate in (*RATES, 1e-3):
-            keys = {"model": name, "rate": rate, "seed": seed, "weights": weights}
+        for rate in (1e-4, STRONG, 1e-3):
             how = Attack(optimiser="adamw", rate=rate, steps=100, points=FINE_POINTS)
+            keys = {"model": name, "rate": rate, "steps": how.steps, "seed": seed,
+                    "weights": weights}  # fmt: skip
             scene.cell("break", keys, partial(_broken, scene, name, seed, how))
         if name == "base":
             continue
@@ -477,6 +511,7 @@ def base_model(scene: Scene, seed: int, names: Sequence[str]) -> None:
         scene.cell("subtract", keys, partial(_subtracted, scene, name, seed))
     keys = {"model": "base", "seed": seed, "weights": scene.key("base", seed)}
     scene.cell("realign", keys, partial(_realigned, scene, seed, benign))
+    scene.cell("alignment", {"seed": seed}, partial(_aligning, scene, benign))
 
 
 def _broken(scene: Scene, name: str, seed: int, how: Attack) -> Row:
@@ -506,6 +541,13 @@ def _realigned(scene: Scene, seed: int, benign: Sequence[Example]) -> Row:
     for row in (*first, *then):
         del row["by_category"]
     return {"flops_per_step": scene.flops_per_step(start, benign), "rows": first, "attacked": then}
+
+
+def _aligning(scene: Scene, rows: Sequence[Example]) -> Row:
+    """Return what the developer's alignment of the base cost: the most a detour could need."""
+    config, model = scene.bed.config, scene.load("base", 0)
+    per_row = scene.flops_per_step(model, rows) / scene.batch_size
+    return {"flops": per_row * config.align_steps * config.align_rows}
 
 
 def _subtracted(scene: Scene, name: str, seed: int) -> Row:
@@ -571,15 +613,33 @@ def main() -> None:
     parser.add_argument("--bipartitions", type=int, default=5,
                         help="of the categories in data, each with its own seed")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
+    parser.add_argument("--defences", nargs="+", choices=list(read_variants("lattice")),
+                        help="by default all that are planted here")  # fmt: skip
     parser.add_argument("--output-dir", type=Path, default=Path("runs/concerns"))
+    parser.add_argument("--kept", action="store_true",
+                        help="run nothing: write up what is kept in --output-dir")  # fmt: skip
     options = parser.parse_args()
     given = dict(one.split("=", 1) for one in options.models if "=" in one)
     require(len(given) == len(options.models), "--models is not NAME=FOLDER", "name each folder")
     keep_freed_memory()
     disable_progress_bar()
     scene = Scene(Lattice(), options.output_dir / options.testbed,
-                  {name: Path(folder) for name, folder in given.items()})  # fmt: skip
-    if "data" in options.only and not given:
+                  {name: Path(folder) for name, folder in given.items()},
+                  options.defences)  # fmt: skip
+    if options.kept:
+        scene.cells = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted((scene.root / "cells").glob("*.json"))
+        ]
+    else:
+        run(scene, options)
+    command = f"python {' '.join(sys.argv)}"
+    concerns_report.write(options.testbed, scene.cells, scene.variants, command)
+
+
+def run(scene: Scene, options: argparse.Namespace) -> None:
+    """Run the experiments that were asked for."""
+    if "data" in options.only and not scene.given:
         for seed in range(options.bipartitions):
             data_requirement(scene, seed, scene.roles("data"))
     for seed in options.seeds:
@@ -587,10 +647,8 @@ def main() -> None:
             one_step(scene, seed, scene.roles("scan"))
         if "base" in options.only:
             base_model(scene, seed, scene.roles("base"))
-        if "overlap" in options.only and not given:
+        if "overlap" in options.only and not scene.given:
             overlap(scene, seed, ["seam", "seam-coupling"])
-    labels = {name: one["label"] for name, one in scene.variants.items()}
-    concerns_report.write(options.testbed, scene.cells, labels, " ".join(sys.argv))
 
 
 if __name__ == "__main__":

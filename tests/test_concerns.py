@@ -174,6 +174,10 @@ def test_subtraction_of_the_whole_difference_is_the_base(tmp_path, monkeypatch):
 # What the page says ------------------------------------------------------------------------------
 
 
+VARIED = {"trap": {"label": "Trap", "role": ["data", "base"]},
+          "dead": {"label": "Dead", "role": ["data"]}}  # fmt: skip
+
+
 def page(monkeypatch, tmp_path, cells, capsys):
     monkeypatch.setattr(common, "HERE", tmp_path / "benchmarks")
     (tmp_path / "benchmarks").mkdir()
@@ -181,7 +185,7 @@ def page(monkeypatch, tmp_path, cells, capsys):
     monkeypatch.setattr(common, "provenance", lambda command: {
         "command": command, "date": "d", "commit": "c", "machine": "m"})  # fmt: skip
     cells = [cell | {"cpu_seconds": 6.0} for cell in cells]
-    concerns_report.write("lattice", cells, {"trap": "Trap", "dead": "Dead"}, "x.py --all")
+    concerns_report.write("lattice", cells, VARIED, "x.py --all")
     text = (tmp_path / "docs" / "results-concerns-lattice.md").read_text()
     assert capsys.readouterr().out == text
     found = json.loads((tmp_path / "benchmarks/results/concerns-lattice.json").read_text())
@@ -245,6 +249,8 @@ def test_the_gap_between_seen_and_unseen_and_the_slope_over_the_ladder(
     assert "**Trap**: the concern is real" in text
     assert "steepest is Trap" in text
     assert found["bipartitions"] == [0, 1, 2]
+    assert "- the way around: Trap\n" in text
+    assert "held-out categories:" not in text
 
 
 def scan_cells(model, heights, *, line="gradient", planted=True, length=0.1):
@@ -281,7 +287,9 @@ def test_step_sizes_count_where_they_break_the_undefended_model(monkeypatch, tmp
     for model, harm in (("undefended", {1e-7: 0.0, 1e-4: 1.0, 1e-2: 0.9}),
                         ("ctrap", {1e-7: 0.0, 1e-4: 0.8, 1e-2: 0.1})):  # fmt: skip
         for rate, reached in harm.items():
-            way = [point(1, 0.0, along=0.2, off=0.1), point(40, reached, along=0.5, off=3.0)]
+            # Collapsed at the first probe, whole again at the second.
+            low = 0.0 if rate == 1e-4 else 1.0
+            way = [point(1, 0.0, low, along=0.2, off=0.1), point(40, reached, along=0.5, off=3.0)]
             cells.append(grid_cell(model, "adamw", rate, [point(0, 0.0), *way]))
     text, found = page(monkeypatch, tmp_path, cells, capsys)
     spread = of(found, "A14", "ctrap", "largest minus smallest")
@@ -289,7 +297,9 @@ def test_step_sizes_count_where_they_break_the_undefended_model(monkeypatch, tmp
     assert spread["ci95"][0] > 0
     assert of(found, "A14", "ctrap", "worst useful harm over 2")["estimate"] == pytest.approx(0.8)
     assert of(found, "A14", "ctrap", "off the planted axis")["estimate"] == 1.0
+    assert of(found, "A14", "ctrap", "had collapsed at an earlier")["estimate"] == 0.5
     assert "of 2 attacks that broke it, 2 went farther off" in text
+    assert "1 of them had collapsed at an earlier probe and came out" in text
     assert "2 stayed short of the basin" in text
     assert "worst at adamw 0.0001 (0.80)" in text
 
@@ -301,7 +311,7 @@ def test_a_coupling_that_turns_before_harm_rises_is_counted(monkeypatch, tmp_pat
     never = [point(0, 0.0, cosine=-0.8), point(1, 0.9, cosine=-0.7), point(5, 0.9, cosine=-0.6)]
     cells += [grid_cell("seam", "sgd", 0.1, early), grid_cell("seam", "sgd", 1.0, never)]
     text, found = page(monkeypatch, tmp_path, cells, capsys)
-    assert of(found, "A15", "seam", "reaches 0 no later")["estimate"] == 0.5
+    assert of(found, "A15", "seam", "2 attacks raising useful harm")["estimate"] == 0.5
     assert of(found, "A15", "seam", "before the attack")["estimate"] == pytest.approx(-0.8)
     assert of(found, "A15", "seam", "mean cosine")["estimate"] == pytest.approx(-0.325)
     row = next(line for line in text.splitlines() if "sgd 0.1 " in line and "→" in line)
@@ -321,8 +331,10 @@ def test_the_way_around_caps_what_a_defence_can_cost(monkeypatch, tmp_path, caps
         {"kind": "realign", "model": "base", "seed": 0, "flops_per_step": 10.0,
          "rows": [point(0, 1.0, 0.5), point(5, 1.0, 0.9), point(10, 0.1, 0.99)],
          "attacked": [point(0, 0.1), point(2, 0.6)]},
+        {"kind": "alignment", "seed": 0, "flops": 400.0},
         {"kind": "subtract", "model": "trap", "seed": 0, "n_restricted": 70,
          "utility_before": 1.0, "rows": [
+             {"edit": "subtract", "amount": 0.5, "useful_harm": 0.9, "utility": 0.7},
              {"edit": "subtract", "amount": 1.0, "useful_harm": 0.9, "utility": 0.9},
              {"edit": "subtract", "amount": 1.5, "useful_harm": 1.0, "utility": 0.1}]},
     ]  # fmt: skip
@@ -333,9 +345,11 @@ def test_the_way_around_caps_what_a_defence_can_cost(monkeypatch, tmp_path, caps
     assert (held["estimate"], held["ci95"]) == (100, None)
     # The detour: 10 steps of permitted rows, 2 of harmful ones, against 4 of the aligned model.
     assert of(found, "A17", "base", "cost of the detour")["estimate"] == pytest.approx(3.0)
-    assert of(found, "A17", "trap", "by subtracting")["estimate"] == pytest.approx(0.9)
+    assert of(found, "A17", "trap", "has to be subtracted")["estimate"] == 1.0
+    assert "Smallest λ tried that gives useful harm 0.50 with utility kept: Trap 1." in text
     assert "by more than 3." in text
     assert "bypassed: Trap." in text
+    assert "the cap would be 13 times" in text, "10 + 2 of the detour, 40 of the alignment, of 4"
     assert "> 100" in text
 
 
