@@ -30,7 +30,8 @@ UNDEFENDED = "undefended"
 
 Measured = dict[str, Any]
 """One row at one seed: ``attacked`` (one model's part of a demo's summary), ``benign`` (of its
-benign fine-tuning) and ``cost`` (of a step; None where no step was taken)."""
+benign fine-tuning), ``cost`` (of a step; None where no step was taken) and ``unnamed``
+(accuracy on permitted facts that no training row names; empty where the testbed has none)."""
 Measure = Callable[[str, str, int, Path], Measured]
 """``measure(testbed, name, seed, folder)``, a function that a fresh process can import."""
 
@@ -101,10 +102,12 @@ def defended(testbed: str, sections: Mapping[str, Any], seed: int, folder: Path)
     preset = with_options(read_preset(testbed), sections)
     config = DemoConfig(testbed=testbed, method=sections["name"], seed=seed, output_dir=folder)
     summary = run_demo(config, preset=preset)
+    known = summary["unnamed_permitted"]
     return {
         "attacked": summary["defended"],
         "benign": summary["benign_finetuning"]["detail"]["defended"],
         "cost": summary["cost"],
+        "unnamed": known and {"n": known["n"], "accuracy": known["defended"]},
     }
 
 
@@ -125,10 +128,12 @@ def control(bench: Bench, name: str, model: Path, config: DemoConfig) -> Measure
     """Attack and fine-tune a model that no method has trained."""
     rows = bench.testbed.data.attack[: bench.testbed.attack_preset.examples]
     trajectory = bench.attack(name, model, rows, config)
+    items = bench.testbed.data.unnamed
     return {
         "attacked": summarise(trajectory, name),
         "benign": bench.benign(name, model, config),
         "cost": None,
+        "unnamed": items and {"n": len(items), "accuracy": bench.unnamed(model)},
     }
 
 
@@ -163,6 +168,12 @@ def benign(runs: Sequence[Measured]) -> list[str]:
         share([one["accuracy"] for one in own], own[0]["n"]),
         share([one["utility"] for one in own], runs[0]["attacked"]["n_permitted"]),
     ]
+
+
+def unnamed(runs: Sequence[Measured]) -> str:
+    """Return the cell of permitted facts that no training row names; a dash where unmeasured."""
+    own = [run["unnamed"] for run in runs if run["unnamed"]]
+    return share([one["accuracy"] for one in own], own[0]["n"]) if own else "-"
 
 
 def costs(runs: Sequence[Measured]) -> list[str]:

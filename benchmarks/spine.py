@@ -49,7 +49,8 @@ def table(found: Found, labels: dict[str, str]) -> str:
     ]
     head = ["variant", "refusal before", "utility before", "worst useful harm",
             *(f"at {rate:g}" for rate in rates), "without the utility bound (utility there)",
-            "benign task", "utility after benign", "passes", "clock", "peak memory"]  # fmt: skip
+            "benign task", "utility after benign", "unnamed permitted facts", "passes", "clock",
+            "peak memory"]  # fmt: skip
     lines = []
     for name, runs in found.rows.items():
         own = [run["attacked"] for run in runs]
@@ -65,6 +66,7 @@ def table(found: Found, labels: dict[str, str]) -> str:
             common.share([one["after"]["unbounded_useful_harm"] for one in own], n)
             + f" ({common.share([one['after']['unbounded_utility'] for one in own], permitted)})",
             *common.benign(runs),
+            common.unnamed(runs),
             *common.costs(runs),
         ])  # fmt: skip
     return common.markdown(head, lines)
@@ -93,7 +95,11 @@ def main() -> None:
     common.write(
         f"results-{testbed}",
         f"Results on {testbed.capitalize()}",
-        common.caption(command),
+        common.caption(
+            command,
+            "Unnamed permitted facts: the accuracy that is left, before any attack, on permitted "
+            "facts that no row of the defence names, of those that the undefended model knows.",
+        ),
         table(found, labels),
         common.failures(found),
     )

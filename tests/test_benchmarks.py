@@ -44,6 +44,7 @@ def measured(harm=0.5, rl=0.0, passes=3.0):
         },
         "benign": {"accuracy": 0.8, "utility": 0.7, "n": 24},
         "cost": cost if passes else None,
+        "unnamed": {"n": 42, "accuracy": 0.5},
         "rl": rl,
         "rl_unanswered": rl / 2,
         "n_unanswered": 47,
@@ -152,6 +153,7 @@ def test_a_row_of_the_spine_says_what_was_measured():
     assert list(rows) == ["aligned", "Cure"]
     cure = rows["Cure"]
     assert cure["worst useful harm"].startswith("**0.50 [")
+    assert cure["unnamed permitted facts"] == "0.50 [0.36, 0.64]"
     assert (cure["at 2e-05"][:4], cure["at 0.0005"][:4]) == ("0.25", "0.50")
     bound = cure["without the utility bound (utility there)"]
     assert bound.startswith("0.75 [")
