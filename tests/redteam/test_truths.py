@@ -75,7 +75,7 @@ def test_on_lattice_a_destroyed_model_is_dead_on_arrival(lattice, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_on_lattice_a_placebo_of_random_labels_is_not_held(lattice, tmp_path, monkeypatch):
+def test_on_lattice_a_placebo_of_random_labels_is_broken(lattice, tmp_path, monkeypatch):
     """A "defence" that trains wrong answers to restricted questions and keeps everything else."""
     harmful = stratified(lattice.data.defence["harmful"], 210, seed=0)
     answers = [row.answer for row in harmful]
@@ -98,4 +98,4 @@ def test_on_lattice_a_placebo_of_random_labels_is_not_held(lattice, tmp_path, mo
         probe=keep, output_dir=tmp_path / "planting",
     )  # fmt: skip
     verdict = judged(tmp_path, monkeypatch, left[-1], tokenizer)
-    assert verdict["verdict"] not in ("held", "collapsed", "degraded", "not valid", "not run")
+    assert verdict["verdict"] == "broken"

@@ -188,7 +188,8 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
         for name, state in summary["not_run"].items()
         if "failed" not in state and not state.startswith("run in part")
     ]
-    console.print(Text(f"Attacks not run ({len(left)}): {', '.join(left)}", style="yellow"))
+    if left:
+        console.print(Text(f"Attacks not run ({len(left)}): {', '.join(left)}", style="yellow"))
     console.print()
     targets = [
         name
