@@ -124,8 +124,8 @@ def test_collapse_is_a_falling_loss(bed, monkeypatch):
 
 
 def test_time_beyond_the_line_of_the_smaller_steps():
-    tokens = [k * t for k in (2, 4, 8) for t in (8, 16, 32)]
-    rollouts = [k for k in (2, 4, 8) for _ in range(3)]
+    tokens = [k * t for k, t in costs.CELLS]
+    rollouts = [k for k, _ in costs.CELLS]
     straight = [0.5 + 0.01 * n + 0.2 * k for n, k in zip(tokens, rollouts, strict=True)]
     assert costs.beyond_line(tokens, rollouts, straight) == pytest.approx(1.0)
     square = [0.5 + 1e-3 * n * n for n in tokens]
@@ -135,51 +135,52 @@ def test_time_beyond_the_line_of_the_smaller_steps():
 def test_costs_are_repeated_and_told_apart(bed, monkeypatch):
     asked = []
 
-    def run_cost(plan, *, variants):
+    def run_cost(plan):
         asked.append((plan.shape, plan.space))
         number = len(asked)
-        row = {"clock_ratio": 2.78 + 0.01 * (number % 5), "peak_memory_ratio": 1.1,
-               "memory_time_ratio": 3.1, "generated_tokens": 0.0}  # fmt: skip
-        rows = {name: dict(row) for name in ("sft", *plan.methods)}
-        rows |= {name: dict(row) for name in variants}
-        rows.get("seam", {})["clock_ratio"] = 5.5 + 0.01 * number
-        for count, length in ((k, t) for k in costs.ROLLOUTS for t in costs.RESPONSES):
-            if variants:
-                rows[f"{count} x {length}"] |= {
-                    "generated_tokens": 8.0 * count * length,
-                    "step_seconds": 0.1 + 0.001 * count * length,
-                }
-        return {
-            "methods": rows,
-            "shape": plan.shape,
-            "space": plan.space,
-            "batch_size": 8,
-            "length": 32,
-            "parameters": 1000,
-            "machine": {"device": "cpu", "threads": 1},
+        row = {
+            "clock_ratio": 2.78 + 0.01 * (number % 5),
+            "cpu_ratio": 2.9,
+            "peak_memory_ratio": 1.1,
+            "memory_time_ratio": 3.1,
         }
+        rows = {name: dict(row) for name in ("sft", *plan.methods)}
+        rows.get("seam", {})["clock_ratio"] = 5.5 + 0.01 * number
+        return {
+            "methods": rows, "shape": plan.shape, "space": plan.space, "batch_size": 8,
+            "length": 32, "parameters": 1000, "machine": {"device": "cpu", "threads": 1},
+        }  # fmt: skip
 
     monkeypatch.setattr(costs, "run_cost", run_cost)
     bed.name = "lattice"
     found = costs.steps(bed, silent)
-    assert asked == [("lattice", "full")] * 5 + [("lattice", "lora")] * 5
+    assert asked == [("lattice", "full")] * 5 + [("lattice", "lora")]
     by_claim = {name: [one for one in found if one.claim == name] for name in ("A5", "A6", "A7")}
     assert judge(CLAIMS["A6"], by_claim["A6"]).verdict == "reproduced"
     memory = judge(CLAIMS["A5"], by_claim["A5"])
     assert memory.verdict == "refuted"
-    assert "CTRAP: memory ratio is not 3.5" in memory.reason
+    assert memory.reason == "CTRAP, CTRAP in an adapter of rank 32: memory ratio is not 3.5"
     overhead = judge(CLAIMS["A7"], by_claim["A7"])
     assert overhead.verdict == "refuted"
     assert "SEAM: clock ratio is outside 2 to 4" in overhead.reason
-    assert "CTRAP: clock ratio is within 2 to 4" in overhead.reason
-    assert judge(CLAIMS["A4"], costs.rollouts(bed, silent)).verdict == "reproduced"
+    assert "SDD, CTRAP, TokenBuncher, K = 4: clock ratio is within 2 to 4" in overhead.reason
 
-    def refused(plan, *, variants):
+    def refused(plan):
         return {"methods": {"sdd": {"not_timed": "no encoder"}}}
 
     monkeypatch.setattr(costs, "run_cost", refused)
     with pytest.raises(RunStoppedError, match="sdd cannot be timed: no encoder"):
         costs.steps(bed, silent)
+
+
+def test_rollouts_are_sampled_to_their_length_and_timed(bed, monkeypatch):
+    monkeypatch.setattr(costs, "CELLS", ((2, 2), (2, 8), (4, 2), (4, 8), (8, 2), (8, 8)))
+    (found,) = costs.rollouts(bed, silent)
+    assert (found.n, found.claim) == (5, "A4")
+    assert found.low < found.estimate < found.high
+    sampled = int(found.setting.split("the last samples ")[1].split()[0])
+    # Eight prompts of at most 8 x 8 tokens; a random answer may end early.
+    assert 0.5 * 512 < sampled <= 512
 
 
 def test_break_even_is_a_number_and_no_verdict(bed):
@@ -217,6 +218,12 @@ def test_facts_that_a_model_learnt_are_exposed_and_others_are_not(bed, monkeypat
     assert sdd.estimate == 0
     assert judge(CLAIMS["A22"], [ctrap]).verdict == "reproduced"
     assert judge(CLAIMS["A22"], [sdd]).verdict == "refuted"
+
+    folders["ctrap"] = bed.aligned_model()
+    bed.filtered_model = lambda: place
+    known = leaks.exposure(bed, silent)
+    assert {one.void for one in known} == {"the model knew the facts before"}
+    assert judge(CLAIMS["A22"], known).verdict == "inconclusive"
 
     for row in bed.data.defence["harmful"]:
         object.__setattr__(row, "half", "rule")

@@ -21,4 +21,5 @@ def tiny_bed(folder: Path, name: str = "tiny"):
         data=SimpleNamespace(defence=examples, attack=examples["harmful"], hashes={}),
         attack_preset=SimpleNamespace(examples=8),
         aligned_model=lambda: place,
+        filtered_model=lambda: None,
     )

@@ -57,7 +57,7 @@ def _measurement(
         high=high,
         n=record["n_seeds"] if n is None else n,
         over=over,
-        unit=record["unit"],
+        unit="" if record["unit"] in quantity else record["unit"],
         setting=record["setting"],
         void=void,
     )

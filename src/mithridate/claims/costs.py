@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
 
-from mithridate.claims.judging import Measurement, over_repeats
-from mithridate.costing import CostPlan, run_cost
+from mithridate.claims.contexts import ROWS, TOKENS, open_context, open_model
+from mithridate.claims.judging import Measurement, counted, over_repeats
+from mithridate.costing import CostPlan, configured, run_cost
 from mithridate.errors import RunStoppedError
 from mithridate.events import Event, Listener
-from mithridate.measures.shapes import SHAPES, find_shape
+from mithridate.measures.shapes import SHAPES
 
 if TYPE_CHECKING:
+    from mithridate.methods import RunContext
     from mithridate.testbeds.base import Testbed
 
 RUNS = 5
@@ -28,11 +34,10 @@ _ATLAS = "smollm2-135m"
 def steps(bed: Testbed, on_event: Listener) -> list[Measurement]:
     """A1, A5, A6, A7: what a step costs, in full weights and, for CTRAP, in an adapter."""
     plan = CostPlan(shape=_shape(bed), methods=tuple(_METHODS), seconds=SECONDS)
-    runs = _repeated(plan, {}, on_event)
-    adapted = _repeated(
-        CostPlan(shape=_shape(bed), methods=("ctrap",), space="lora", seconds=SECONDS / 4),
-        {}, on_event,
-    )  # fmt: skip
+    runs = _repeated(plan, RUNS, on_event)
+    small = CostPlan(shape=_shape(bed), methods=("ctrap",), space="lora", seconds=0.0)
+    # Its bytes are counted, so that once is enough.
+    (adapted,) = _repeated(small, 1, on_event)
     found = [
         _of(runs, name, claim, *which, subject=_METHODS[name])
         for claim, name, which in (
@@ -45,29 +50,42 @@ def steps(bed: Testbed, on_event: Listener) -> list[Measurement]:
             *(("A7", name, ("clock_ratio", "clock ratio")) for name in _METHODS),
         )
     ]
-    own = {"subject": "CTRAP in an adapter of rank 32"}
-    found.append(_of(adapted, "ctrap", "A5", "peak_memory_ratio", "memory ratio", **own))
-    found.append(_of(adapted, "ctrap", "A6", "clock_ratio", "clock ratio", **own))
+    subject = "CTRAP in an adapter of rank 32"
+    once = _of([adapted], "ctrap", "A5", "peak_memory_ratio", "memory ratio", subject=subject)
+    found.append(replace(once, **counted(once.estimate)))
     return found
 
 
 def rollouts(bed: Testbed, on_event: Listener) -> list[Measurement]:
     """A4: whether TokenBuncher's step grows in proportion to what it samples."""
-    variants: dict[str, tuple[str, Mapping[str, Any]]] = {
-        f"{count} x {length}": (
-            "tokenbuncher",
-            {"rollouts": count, "response_length": length},
-        )
+    aligned, chat = open_model(bed)
+    # Random weights seldom end an answer, so that it is as long as it may be.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(aligned.config, dtype=torch.float32)
+    context = open_context(bed, model, chat)
+    cells = [
+        configured("tokenbuncher", ROWS, TOKENS, rollouts=count, response_length=length)
         for count, length in CELLS
-    }
-    plan = CostPlan(shape=_shape(bed), methods=("sft",), seconds=SECONDS)
-    counts = [count for count, _ in CELLS]
-    ratios, sampled = [], 0.0
-    for run in _repeated(plan, variants, on_event):
-        rows = [run["methods"][name] for name in variants]
-        tokens = [row["generated_tokens"] for row in rows]
-        ratios.append(beyond_line(tokens, counts, [row["step_seconds"] for row in rows]))
+    ]
+    for method in cells:
+        method.prepare(context)
+    ratios: list[float] = []
+    sampled = 0.0
+    for number in range(-1, RUNS):  # the first is warm-up
+        on_event(Event(stage="timing rollouts", step=max(number, 0), total=RUNS))
+        tokens, seconds = [], []
+        for method in cells:
+            before = _generated(context)
+            started = time.process_time()
+            method.step(context)
+            seconds.append(time.process_time() - started)
+            tokens.append(_generated(context) - before)
+            context.space.give_gradient(None)
+        if number >= 0:
+            ratios.append(beyond_line(tokens, [count for count, _ in CELLS], seconds))
         sampled = tokens[-1]
+        context.step += 1
     return [
         Measurement(
             claim="A4",
@@ -75,10 +93,16 @@ def rollouts(bed: Testbed, on_event: Listener) -> list[Measurement]:
             subject="TokenBuncher",
             **over_repeats(ratios),
             over="runs",
-            setting=f"K x length of {', '.join(variants)}; the last samples {sampled:.0f} tokens",
-            model=_described(plan),
+            setting="processor time; K x length of "
+            + ", ".join(f"{count} x {length}" for count, length in CELLS)
+            + f"; the last samples {sampled:.0f} tokens",
+            model=f"{bed.name}, random weights, {model.num_parameters():,} parameters",
         )
     ]
+
+
+def _generated(context: RunContext) -> float:
+    return float(sum(count.generated for count in context.oracle.ledger.values()))
 
 
 def beyond_line(
@@ -98,13 +122,11 @@ def _shape(bed: Testbed) -> str:
     return bed.name if bed.name in SHAPES else _ATLAS
 
 
-def _repeated(
-    plan: CostPlan, variants: Mapping[str, tuple[str, Mapping[str, Any]]], on_event: Listener
-) -> list[dict[str, Any]]:
+def _repeated(plan: CostPlan, times: int, on_event: Listener) -> list[dict[str, Any]]:
     found = []
-    for number in range(RUNS):
-        on_event(Event(stage="timing steps", step=number, total=RUNS))
-        found.append(run_cost(plan, variants=variants))
+    for number in range(times):
+        on_event(Event(stage=f"timing steps, {plan.space}", step=number, total=times))
+        found.append(run_cost(plan))
         for name, row in found[-1]["methods"].items():
             if "not_timed" in row:
                 raise RunStoppedError(f"{name} cannot be timed: {row['not_timed']}")
@@ -132,8 +154,3 @@ def _of(
         f" {first['machine']['device']}, {first['machine']['threads']} threads",
         model=f"{first['shape']}, random weights, {first['parameters']:,} parameters",
     )
-
-
-def _described(plan: CostPlan) -> str:
-    assert plan.shape is not None
-    return f"{plan.shape}, random weights, {find_shape(plan.shape).parameters():,} parameters"

@@ -60,7 +60,6 @@ PROBES = (
     Probe(name="passes of SDD", claims=("A1",), module=counts, measure=counts.sdd),
     Probe(name="passes of CTRAP", claims=("A2",), module=counts, measure=counts.ctrap),
     Probe(name="passes of SEAM", claims=("A3",), module=counts, measure=counts.seam),
-    Probe(name="exposure", claims=("A22",), module=leaks, measure=leaks.exposure),
     Probe(name="finite difference", claims=("F4",), module=products,
           measure=products.finite_difference),
     Probe(name="rounding", claims=("F5",), module=rounding, measure=rounding.adamw_step),
@@ -69,6 +68,7 @@ PROBES = (
     Probe(name="clock and memory", claims=("A1", "A5", "A6", "A7"), module=costs,
           measure=costs.steps),
     Probe(name="rollouts", claims=("A4",), module=costs, measure=costs.rollouts),
+    Probe(name="exposure", claims=("A22",), module=leaks, measure=leaks.exposure),
 )  # fmt: skip
 
 FILES: dict[str, Callable[[Path, str], list[Measurement]]] = {
@@ -161,10 +161,11 @@ def _from_files(plan: ClaimsPlan) -> tuple[list[Measurement], list[dict[str, Any
 
 def _described(name: str, plan: ClaimsPlan, document: Mapping[str, Any]) -> dict[str, Any]:
     shown = ("command", "date", "commit", "machine", "seeds")
-    return {
-        "file": f"{name}-{plan.testbed}.json",
-        **{key: document[key] for key in shown if key in document},
-    }
+    told = {key: document[key] for key in shown if key in document}
+    if name == "economics":
+        runs = " ".join(f"--run {run['path']}" for run in document.get("runs", ()))
+        told["command"] = f"mithridate economics {runs} --json"
+    return {"file": f"{name}-{plan.testbed}.json", **told}
 
 
 def _probed(
