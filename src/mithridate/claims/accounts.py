@@ -43,7 +43,7 @@ def break_even(bed: Testbed, on_event: Listener) -> list[Measurement]:  # noqa: 
         if quantity["value"] is not None:
             found.append(
                 Measurement(
-                    quantity="queries to break even", unit="queries",
+                    quantity="queries to break even",
                     estimate=quantity["value"],
                     low=_number(quantity["low"], math.inf),
                     high=_number(quantity["high"], math.inf), **shared,

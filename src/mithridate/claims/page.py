@@ -101,10 +101,9 @@ def value(one: Mapping[str, Any]) -> str:
 
 
 def _why(one: Mapping[str, Any]) -> str:
-    reason = one["reason"][:1].upper() + one["reason"][1:]
     stamp = " *Preliminary.*" if one["preliminary"] else ""
     note = f" {_safe(one['note'])}" if one["note"] else ""
-    return f"{_safe(reason)}.{stamp}{note}"
+    return f"{_safe(one['reason'])}.{stamp}{note}"
 
 
 def _sources(document: Mapping[str, Any]) -> str:
