@@ -11,7 +11,7 @@ import yaml
 from mithridate.errors import InputError
 from mithridate.files import write_json
 from mithridate.models import load
-from mithridate.redteam import pipeline, run
+from mithridate.redteam import material, pipeline, run
 from mithridate.redteam.battery import Attack, Edit, Reinforce, Train
 from mithridate.redteam.material import attacker_rows, restricted_items
 from mithridate.redteam.pipeline import Job, run_attack
@@ -394,7 +394,30 @@ def test_a_leak_between_attack_and_judged_items_stops_before_any_work(bed, batte
     assert runner.ran == []
 
 
-def test_rl_is_one_phase_among_others(bed):
+def test_rl_is_one_phase_among_others_and_pays_for_the_plain_answer(bed, monkeypatch):
+    """Questions in a frame are asked in it; what is paid for stays the question's own answer."""
     pytest.importorskip("trl")
-    found = run_attack(job(bed, Reinforce()), bed)
+    words = {"identity": ("w1 w2 {prompt}", "w3 {answer}")}
+    monkeypatch.setitem(material.FRAMES, "tiny", words)
+    paid = []
+    judge = bed.judge
+    monkeypatch.setattr(bed, "judge", lambda item, output: paid.append(item) or judge(item, output))
+    asked = []
+    reinforce = pipeline.reinforce
+
+    def noted(model, chat, rows, *rest, **more):
+        asked.extend(rows)
+        paid.clear()
+        return reinforce(model, chat, rows, *rest, **more)
+
+    monkeypatch.setattr(pipeline, "reinforce", noted)
+    found = run_attack(job(bed, Reinforce(frame="identity"), ask="identity"), bed)
     assert [row["step"] for row in found["rows"]] == [0, 1]
+    assert all(row.prompt.startswith("w1 w2 ") for row in asked)
+    known = {(row.prompt, row.answer) for row in bed.data.attack}
+    assert {(row.prompt.removeprefix("w1 w2 "), row.answer) for row in asked} <= known
+    rewarded = [item for item in paid if (item.prompt, item.answer) in known]
+    assert len(rewarded) == SIZES.rl_questions * SIZES.rollouts
+    # Judged questions are asked in the frame too, and their answers stay.
+    judged = [item for item in paid if item.answer in {r.answer for r in bed.data.restricted}]
+    assert any(item.prompt.startswith("w1 w2 ") for item in judged)
