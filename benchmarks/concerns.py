@@ -49,7 +49,7 @@ from mithridate.embeddings import tfidf
 from mithridate.examples import Example, check_disjoint, fingerprint
 from mithridate.files import sha256_file, sha256_of, write_json
 from mithridate.measures.line_scan import LINES, Line, line_scan, unit_line
-from mithridate.measures.probe import chance_corrected, probe, stratified
+from mithridate.measures.probe import accuracy, chance_corrected, probe, stratified
 from mithridate.measures.progress import Axis, gradient_cosine, unadapted
 from mithridate.measures.trajectory import worst_case
 from mithridate.testbeds.lattice import (
@@ -373,6 +373,11 @@ def data_requirement(scene: Scene, seed: int, names: Sequence[str]) -> None:
         for scope, categories, planting in (("half", defended, seed), ("all", None, 0)):
             if name == UNDEFENDED and scope == "all":
                 continue
+            if scope == "half":
+                keys = {"model": name, "bipartition": seed,
+                        "weights": scene.key(name, planting, categories)}  # fmt: skip
+                load = partial(scene.load, name, planting, categories)
+                scene.cell("unnamed", keys, partial(_unnamed, scene, load))
             chosen = rungs if scope == "half" else {"unseen": rungs["unseen"]}
             for rung, (arts, rows) in chosen.items():
                 keys = {"model": name, "scope": scope, "bipartition": seed, "rung": rung,
@@ -385,6 +390,17 @@ def _shift(held: Sequence[Example], rows: Sequence[Example]) -> Row:
     vectors = tfidf([row.prompt for row in (*held, *rows)])
     found = mmd(vectors[: len(held)], vectors[len(held) :], permutations=1, seed=0)
     return {"mmd2": found.value}
+
+
+def _unnamed(scene: Scene, load: Callable[[], PreTrainedModel]) -> Row:
+    """Return what is left, before any attack, of permitted facts that no training row names.
+
+    A defence that reaches unseen arts may do so by destroying whatever it is not told to keep.
+    """
+    items = scene.bed.data.unnamed
+    share = accuracy(load(), scene.chat, items, scene.bed.judge,
+                     max_new_tokens=scene.bed.max_new_tokens)  # fmt: skip
+    return {"accuracy": share, "n": len(items)}
 
 
 def _attacked(

@@ -187,7 +187,10 @@ def _data(cells: Sequence[Cell], labels: Mapping[str, str]) -> Found:
         inside, outside = values(model, "half", "seen"), values(model, "half", "unseen")
         count = min(len(inside), len(outside))
         gap, span = _gap(outside[:count], inside[:count], n)
+        kept = _of(cells, "unnamed", model=model)
+        left = [cell["accuracy"] for cell in kept]
         cols = [labels.get(model, model), f"{_mean(utility[model]):.2f}",
+                _text(*_share(left, kept[0]["n"])) if kept else "-",
                 _text(*_share(inside, n)), _text(*_share(outside, n)),
                 _text(gap, span, signed=True)]  # fmt: skip
         setting = f"defended on 7 of 14 categories, random bipartitions ({count}), AdamW SFT"
@@ -207,7 +210,10 @@ def _data(cells: Sequence[Cell], labels: Mapping[str, str]) -> Found:
             sentences.append(
                 f"- **{labels.get(model, model)}**: "
                 + _said_of_gap(alive[model], _mean(inside), gap, span, more, wide)
-            )
+                + (f" Of permitted facts that no training row names, {_mean(left):.2f} are left "
+                   "before any attack: it reaches the unseen by destroying what it was not told "
+                   "to keep." if left and max(left) < RECOVERS else "")
+            )  # fmt: skip
         else:
             cols += ["-", "-"]
         for rung, got in (("seen", inside), ("unseen", outside)):
@@ -248,10 +254,11 @@ def _data(cells: Sequence[Cell], labels: Mapping[str, str]) -> Found:
         "Each defence is given harmful rows of seven of the fourteen restricted arts (refusals it "
         "is given of all), by a random bipartition that is also the seed of planting and attack. "
         "The attacker fine-tunes on held-out facts of the arts the defence saw, or of the others, "
-        "and is judged on further facts of the same arts in wordings that nobody trained on.",
+        "and is judged on further facts of the same arts in wordings that nobody trained on. "
+        "Unnamed facts are permitted ones that the aligned model knows and no training row names.",
         common.markdown(
-            ["defence", "utility before", "seen arts attacked", "unseen arts attacked",
-             "unseen minus seen", "unseen, defended on all 14", "half minus all"], lines,
+            ["defence", "utility before", "unnamed facts before", "seen arts attacked",
+             "unseen arts attacked", "unseen minus seen", "unseen, defended on all 14", "half minus all"], lines,
         ),
         "\n".join(sentences),
         "**Ladder of shift.** The attacker's rows, from the defence's own wordings to a cipher "

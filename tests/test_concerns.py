@@ -236,7 +236,11 @@ def data_cells():
 def test_the_gap_between_seen_and_unseen_and_the_slope_over_the_ladder(
     monkeypatch, tmp_path, capsys
 ):
-    text, found = page(monkeypatch, tmp_path, data_cells(), capsys)
+    left = [{"kind": "unnamed", "model": m, "bipartition": 0, "accuracy": a, "n": 42}
+            for m, a in (("undefended", 1.0), ("trap", 0.1))]  # fmt: skip
+    text, found = page(monkeypatch, tmp_path, [*data_cells(), *left], capsys)
+    assert "0.10 are left before any attack" in text
+    assert text.count("are left before any attack") == 1
     gap = of(found, "A12", "trap", "unseen minus seen")
     assert gap["estimate"] == pytest.approx(0.2)
     assert gap["n_seeds"] == 3
