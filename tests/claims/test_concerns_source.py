@@ -80,7 +80,9 @@ WEAK = {"undefended": (flat(1.0), 1.0)}
 def test_generalisation_is_refuted_by_a_gap_and_not_by_a_dead_or_open_model(judged):
     gap = lambda shift, number: 0.8 if shift > 0.25 else 0.0  # noqa: E731
     assert judged(data(WEAK | {"seam": (gap, 1.0)}))["A12"].verdict == "refuted"
-    assert judged(data(WEAK | {"seam": (flat(0.0), 1.0)}))["A12"].verdict == "inconclusive"
+    assert judged(data(WEAK | {"seam": (flat(0.0), 1.0)}))["A12"].verdict == "reproduced"
+    slight = judged(data(WEAK | {"seam": (rising(0.1), 1.0)}))["A12"]
+    assert slight.verdict == "inconclusive"
     dead = judged(data(WEAK | {"seam": (flat(0.0), 0.2)}))["A12"]
     assert "dead on arrival" in dead.reason
     open_ = judged(data(WEAK | {"seam": (flat(0.9), 1.0)}))["A12"]
@@ -136,7 +138,7 @@ def test_a_coupling_that_ends_or_gives_way_refutes_every_step_size(judged):
     kept = seam(0.0, (-0.8, -0.7))
     # 0 of 70 questions leave .052 of useful harm open.
     assert kept.verdict == "inconclusive"
-    assert "the coupling ends before harm rises is below 0.25" in kept.reason
+    assert "mean cosine of the gradients along attacks is below 0" in kept.reason
 
 
 def overlap(costs, *, model="seam"):

@@ -172,8 +172,9 @@ def _step_sizes(records: Sequence[Record], dead: Mapping[str, str]) -> Iterator[
 def _coupling(records: Sequence[Record], dead: Mapping[str, str]) -> Iterator[Measurement]:
     for words, quantity in (
         ("worst useful harm", "useful harm at the worst step size"),
-        ("the cosine reaches 0 no later than useful harm rises",
-         "share of attacks on which the coupling ends before harm rises"),
+        ("mean cosine along", "mean cosine of the gradients along attacks"),
+        ("the cosine reaches 0 no later",
+         "share of attacks raising harm on which the coupling ends no later"),
     ):  # fmt: skip
         for model, record in _of(records, "A15", words).items():
             yield _measurement(record, quantity, void=dead.get(model, ""))
