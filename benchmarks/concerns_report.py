@@ -258,7 +258,9 @@ def _data(cells: Sequence[Cell], labels: Mapping[str, str]) -> Found:
         "Unnamed facts are permitted ones that the aligned model knows and no training row names.",
         common.markdown(
             ["defence", "utility before", "unnamed facts before", "seen arts attacked",
-             "unseen arts attacked", "unseen minus seen", "unseen, defended on all 14", "half minus all"], lines,
+             "unseen arts attacked", "unseen minus seen", "unseen, defended on all 14",
+             "half minus all"],
+            lines,
         ),
         "\n".join(sentences),
         "**Ladder of shift.** The attacker's rows, from the defence's own wordings to a cipher "
