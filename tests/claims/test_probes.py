@@ -159,11 +159,11 @@ def test_costs_are_repeated_and_told_apart(bed, monkeypatch):
     assert judge(CLAIMS["A6"], by_claim["A6"]).verdict == "reproduced"
     memory = judge(CLAIMS["A5"], by_claim["A5"])
     assert memory.verdict == "refuted"
-    assert memory.reason == "CTRAP, CTRAP in an adapter of rank 32: memory ratio is not 3.5"
+    assert memory.reason == "CTRAP and CTRAP in an adapter of rank 32: memory ratio is not 3.5"
     overhead = judge(CLAIMS["A7"], by_claim["A7"])
     assert overhead.verdict == "refuted"
     assert "SEAM: clock ratio is outside 2 to 4" in overhead.reason
-    assert "SDD, CTRAP, TokenBuncher, K = 4: clock ratio is within 2 to 4" in overhead.reason
+    assert "SDD and CTRAP and TokenBuncher, K = 4: clock ratio is within 2 to 4" in overhead.reason
 
     def refused(plan):
         return {"methods": {"sdd": {"not_timed": "no encoder"}}}

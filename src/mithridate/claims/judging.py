@@ -170,7 +170,7 @@ def judge(
     subjects: dict[str, list[str]] = {}
     for (rule, one), each in zip(valid, found, strict=True):
         subjects.setdefault(_words(rule, one, each), []).append(one.subject)
-    said = [f"{', '.join(named)}: {words}" for words, named in subjects.items()]
+    said = [f"{' and '.join(named)}: {words}" for words, named in subjects.items()]
     said += [f"not counted: {void}" for void in voids]
     said += [f"not measured: {quantity}" for quantity in absent]
     return judged(verdict, "; ".join(said), [one for _, one in valid])
