@@ -62,14 +62,15 @@ class Handler(BaseHTTPRequestHandler):
             self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
         try:
             reply = self.server.answer(body, number)
-            if reply is None:
-                self.close_connection = True
-                self.connection.close()
-            else:
-                self._send(*reply)
         finally:
+            # Before the answer leaves: the client may ask again as soon as it has it.
             with self.server.lock:
                 self.server.at_once -= 1
+        if reply is None:
+            self.close_connection = True
+            self.connection.close()
+        else:
+            self._send(*reply)
 
     def _send(self, status: int, headers: dict[str, str], document: Any) -> None:
         data = document if isinstance(document, bytes) else json.dumps(document).encode()

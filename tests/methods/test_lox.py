@@ -153,7 +153,14 @@ def test_a_body_that_is_stored_without_its_prefix_is_found(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     before = model.transformer.wte.weight.detach().clone()
     method = lox_for(tmp_path, rank=None, strength=1.0)
-    method.prepare(SimpleNamespace(oracle=SimpleNamespace(model=model), seed=0, output_dir=None))
+    method.prepare(
+        SimpleNamespace(
+            oracle=SimpleNamespace(model=model),
+            chat=SimpleNamespace(tokenizer=tiny_tokenizer()),
+            seed=0,
+            output_dir=None,
+        )
+    )
     torch.testing.assert_close(model.transformer.wte.weight.detach(), before - 1.0)
 
 
