@@ -6,13 +6,10 @@ in the cache of controls: killed and started again, a benchmark goes on where it
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 
 from mithridate.demo import Bench, DemoConfig, Preset, read_preset, run_demo, summarise
+from mithridate.provenance import provenance
 from mithridate.verdicts.statistics import over_seeds, share_interval
 
 HERE = Path(__file__).parent
@@ -198,7 +196,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def caption(command: str, *sentences: str) -> str:
     """Return how a table came about, and what its cells say."""
-    made = provenance(command)
+    made = provenance(command, HERE)
     return " ".join(
         [
             f"`{command}`, {made['date']}, commit {made['commit']}, {made['machine']}.",
@@ -210,18 +208,6 @@ def caption(command: str, *sentences: str) -> str:
     )
 
 
-def provenance(command: str) -> dict[str, str]:
-    """Return the command, date, commit and machine behind a table."""
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(asked, capture_output=True, text=True, cwd=HERE, check=False)
-    return {
-        "command": command,
-        "date": f"{datetime.date.today()}",
-        "commit": found.stdout.strip() or "unknown",
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}",
-    }
-
-
 def store(
     name: str,
     command: str,
@@ -231,7 +217,7 @@ def store(
     found: Found,
 ) -> None:
     """Write ``benchmarks/results/<name>-<testbed>.json``: all that the table was made of."""
-    document = provenance(command) | {
+    document = provenance(command, HERE) | {
         "testbed": testbed,
         "seeds": list(seeds),
         "rows": {
@@ -242,10 +228,25 @@ def store(
             for (row, seed), error in found.failed.items()
         ],
     }
+    write_results(f"{name}-{testbed}", document)
+
+
+def write_results(name: str, document: Mapping[str, Any]) -> None:
+    """Write ``benchmarks/results/<name>.json``."""
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    (folder / f"{name}-{testbed}.json").write_text(text, encoding="utf-8")
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def command(name: str, **options: Any) -> str:
+    """Return the command of ``benchmarks/<name>.py`` with the options that were given."""
+    parts = [f"python benchmarks/{name}.py"]
+    for option, value in options.items():
+        if value is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            parts.append(" ".join(map(str, [f"--{option}", *values])))
+    return " ".join(parts)
 
 
 def failures(found: Found) -> str:

@@ -649,7 +649,10 @@ def main() -> None:
         ]
     else:
         run(scene, options)
-    command = f"python {' '.join(sys.argv)}"
+    asked = {name: getattr(options, name) for name in ("testbed", "seeds", "bipartitions")}
+    chosen = {name: getattr(options, name) or None for name in ("models", "defences")}
+    only = None if options.only == EXPERIMENTS else options.only
+    command = common.command("concerns", **asked, only=only, **chosen)
     concerns_report.write(options.testbed, scene.cells, scene.variants, command)
 
 

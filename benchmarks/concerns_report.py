@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from common import UNDEFENDED
 from mithridate.measures.line_scan import basin
 from mithridate.measures.progress import half_life
 from mithridate.measures.trajectory import COLLAPSED, UTILITY_FLOOR, break_step, worst_case
+from mithridate.provenance import provenance
 from mithridate.verdicts.statistics import difference, over_seeds, share_interval
 
 Cell = dict[str, Any]
@@ -45,7 +45,7 @@ def write(
             parts += found[0]
             records += found[1]
     cpu = sum(cell["cpu_seconds"] for cell in cells)
-    document = common.provenance(command) | {
+    document = provenance(command, common.HERE) | {
         "testbed": testbed,
         "seeds": sorted({cell["seed"] for cell in cells if "seed" in cell}),
         "bipartitions": sorted({cell["bipartition"] for cell in cells if "bipartition" in cell}),
@@ -53,10 +53,7 @@ def write(
         "records": records,
         "cells": cells,
     }
-    folder = common.HERE / "results"
-    folder.mkdir(exist_ok=True)
-    text = json.dumps(document, allow_nan=False, indent=1) + "\n"
-    (folder / f"concerns-{testbed}.json").write_text(text, encoding="utf-8")
+    common.write_results(f"concerns-{testbed}", document)
     made = ", ".join(document[name] for name in ("date", "machine"))
     common.write(
         f"results-concerns-{testbed}",

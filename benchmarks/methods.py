@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,8 +31,7 @@ from mithridate.events import silent
 from mithridate.examples import Example
 from mithridate.measures.trajectory import worst_case
 from mithridate.methods import METHODS
-from mithridate.testbeds import TESTBEDS
-from mithridate.testbeds.base import Testbed
+from mithridate.testbeds import load_testbed
 
 FILTERED = "filtered"
 LABELS = {UNDEFENDED: "undefended (aligned)", FILTERED: "filtered (never knew the facts)"}
@@ -75,7 +74,7 @@ RL = {
 
 def measure(testbed: str, name: str, seed: int, folder: Path) -> Measured:
     """Measure one method, the undefended or the filtered model."""
-    bed = cast(Testbed, TESTBEDS.load(testbed)())
+    bed = load_testbed(testbed)
     bench = Bench(bed, read_preset(testbed), seed, silent)
     config = DemoConfig(testbed=testbed, seed=seed, output_dir=folder)
     rows = bed.data.attack[: bed.attack_preset.examples]
@@ -189,7 +188,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/methods"))
     options = parser.parse_args()
     testbed, seeds = options.testbed, options.seeds
-    bed = cast(Testbed, TESTBEDS.load(testbed)())
+    bed = load_testbed(testbed)
     bed.aligned_model()  # made once here, where all of the processor is free
     filtered = [FILTERED] if bed.filtered_model() is not None else []
     methods = options.only or list(read_preset(testbed).methods)
@@ -199,10 +198,7 @@ def main() -> None:
     )  # fmt: skip
     attack = RL[testbed]
     sft = bed.attack_preset
-    command = (
-        f"python benchmarks/methods.py --testbed {testbed} --seeds {' '.join(map(str, seeds))}"
-    )
-    command += f" --only {' '.join(options.only)}" if options.only else ""
+    command = common.command("methods", testbed=testbed, seeds=seeds, only=options.only or None)
     common.store("methods", command, testbed, seeds, LABELS, found)
     common.write(
         f"results-methods-{testbed}",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -20,8 +20,7 @@ import common
 from common import UNDEFENDED, Found, Measured
 from mithridate.demo import Bench, DemoConfig, read_preset
 from mithridate.events import silent
-from mithridate.testbeds import TESTBEDS
-from mithridate.testbeds.base import Testbed
+from mithridate.testbeds import load_testbed
 
 
 def read_variants(testbed: str) -> dict[str, dict[str, Any]]:
@@ -35,7 +34,7 @@ def measure(testbed: str, name: str, seed: int, folder: Path) -> Measured:
     """Measure one variant, or the undefended model."""
     if name != UNDEFENDED:
         return common.defended(testbed, read_variants(testbed)[name], seed, folder)
-    bed = cast(Testbed, TESTBEDS.load(testbed)())
+    bed = load_testbed(testbed)
     config = DemoConfig(testbed=testbed, seed=seed, output_dir=folder)
     bench = Bench(bed, read_preset(testbed), seed, silent)
     return common.control(bench, name, bed.aligned_model(), config)
@@ -89,8 +88,7 @@ def main() -> None:
     )  # fmt: skip
     labels = {UNDEFENDED: "undefended (aligned)"}
     labels |= {name: sections["label"] for name, sections in variants.items()}
-    command = f"python benchmarks/spine.py --testbed {testbed} --seeds {' '.join(map(str, seeds))}"
-    command += f" --only {' '.join(options.only)}" if options.only else ""
+    command = common.command("spine", testbed=testbed, seeds=seeds, only=options.only or None)
     common.store("spine", command, testbed, seeds, labels, found)
     common.write(
         f"results-{testbed}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 import yaml
 from transformers import PreTrainedModel, Trainer
 
-import mithridate
 from mithridate import models
 from mithridate.attacks.finetune import FinetuneConfig, arguments_for, finetune, read_record
 from mithridate.attacks.rl import RLConfig, exact_match, reinforce
@@ -33,6 +30,7 @@ from mithridate.judges.base import Judge, make_judge, useful_harm_score
 from mithridate.judges.outcomes import Outcome, shares
 from mithridate.measures.probe import summarise
 from mithridate.measures.trajectory import worst_case
+from mithridate.provenance import versions
 from mithridate.release import weights_hash
 from mithridate.weights import GradientOracle
 from mithridate.weights.losses import answer_cross_entropy
@@ -437,12 +435,7 @@ def _write_folder(
                 "eval": fingerprint(items.restricted),
                 "permitted": fingerprint(items.permitted),
             },
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "mithridate": mithridate.__version__,
-            },
+            "versions": versions(),
             "seeds": [base.seed],
         },
     )

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import transformers
 
-import mithridate
 from mithridate import models
 from mithridate.chat import ChatFormat
 from mithridate.configs import from_mapping, require
@@ -21,6 +19,7 @@ from mithridate.events import Event, Listener, silent
 from mithridate.measures.cost import BASELINE, measure_costs
 from mithridate.measures.shapes import find_shape, random_streams
 from mithridate.methods import METHODS, Method
+from mithridate.provenance import versions
 from mithridate.training.config import TrainingConfig
 from mithridate.training.lora import attach_lora
 
@@ -300,8 +299,5 @@ def _machine(device: torch.device) -> Mapping[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if gpu else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "mithridate": mithridate.__version__,
+        **versions(),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -31,6 +29,7 @@ from mithridate.measures.cost import measure_cost
 from mithridate.measures.probe import ProbeResult, accuracy, probe, stratified
 from mithridate.measures.trajectory import UTILITY_FLOOR, worst_case
 from mithridate.methods import METHODS, Method
+from mithridate.provenance import versions
 from mithridate.release import weights_hash
 from mithridate.reports import render_report
 from mithridate.testbeds import TESTBEDS
@@ -199,9 +198,7 @@ def run_demo(
     cost = None
     if not method.one_shot:
         on_event(Event(stage="measuring what a step costs"))
-        cost = measure_cost(
-            *_load(aligned), data.defence, read_method(preset, config)[0], training, seconds=20.0
-        )
+        cost = measure_cost(*_load(aligned), data.defence, method, training, seconds=20.0)
     seconds["measuring cost"] = time.perf_counter() - clock
 
     summary: dict[str, Any] = {
@@ -482,12 +479,7 @@ def _write_folder(
                 for target in TARGETS
             },
             "data": bench.testbed.data.hashes,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "mithridate": mithridate.__version__,
-            },
+            "versions": versions(),
             "seeds": [config.seed],
         },
     )

@@ -98,15 +98,46 @@ def load(
     elif folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError("no such model folder", where=source, mend="check the path")
 
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer, missing = load_as(
+        AutoModelForCausalLM,
+        source,
+        revision,
+        what="model",
+        mend="give a folder that from_pretrained loads, or a Hub id with a causal language "
+        "model in safetensors (a private or missing one, or no network, looks the same)",
+    )
+    _check_fit(source, model, tokenizer, missing)
+    return model, tokenizer
+
+
+def load_as(
+    kind: Any, source: str, revision: str | None, *, what: str, mend: str
+) -> tuple[Any, PreTrainedTokenizerBase, list[str]]:
+    """Return a float32 model and its tokenizer, and the names of weights that no file holds.
+
+    Parameters
+    ----------
+    kind
+        One of `transformers`' Auto classes.
+    what, mend
+        For the message: what was to be loaded, and what to give instead.
+
+    Raises
+    ------
+    InputError
+        The weights are pickled, damaged or do not fit, or there is no such model.
+    """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             source,
             revision=revision,
             dtype=torch.float32,
@@ -117,14 +148,9 @@ def load(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise InputError(
-            f"this model cannot be loaded: {reason}",
-            where=source,
-            mend="give a folder that from_pretrained loads, or a Hub id with a causal language "
-            "model in safetensors (a private or missing one, or no network, looks the same)",
+            f"this {what} cannot be loaded: {reason}", where=source, mend=mend
         ) from error
-    model, report = loaded
-    _check_fit(source, model, tokenizer, sorted(report["missing_keys"]))
-    return model, tokenizer
+    return model, tokenizer, sorted(report["missing_keys"])
 
 
 def positions(model: PreTrainedModel) -> int | None:

@@ -37,7 +37,7 @@ def start(
         for part in (f"--{name}", str(world / f"{name}.jsonl"))
     ]
     command = [
-        sys.executable, *launcher, "-m", "mithridate.cli.app", "immunise",
+        sys.executable, *launcher, "-m", "mithridate", "immunise",
         "--model", str(world / "model"), "--method", "ctrap", *streams,
         "--config", str(world / "ctrap.yaml"), "--steps", str(steps),
         "--output-dir", str(folder), "--json",

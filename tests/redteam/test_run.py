@@ -16,7 +16,8 @@ from mithridate.redteam.battery import Attack, Edit, Reinforce, Train
 from mithridate.redteam.material import attacker_rows, restricted_items
 from mithridate.redteam.pipeline import Job, run_attack
 from mithridate.redteam.processes import Finished
-from mithridate.redteam.run import RedteamConfig, resolve, run_redteam
+from mithridate.redteam.run import RedteamConfig, run_redteam
+from mithridate.testbeds.base import resolve_model
 from mithridate.verdicts import judge_run
 from mithridate.verdicts.rows import read_measured
 from tests.redteam.tiny_bed import SIZES, TinyBed
@@ -378,8 +379,8 @@ def test_another_run_s_folder_a_wrong_base_and_unknown_models_are_refused(bed, b
         run_redteam(config(bed, battery, tmp_path, base=str(stranger)), testbed=bed, sizes=SIZES)
     for source in ("tiny:filtered", "tiny:best", "lattice:aligned", str(tmp_path / "nothing")):
         with pytest.raises(InputError):
-            resolve(source, bed)
-    assert resolve("tiny:base", bed) == bed.folder / "base"
+            resolve_model(source, bed)
+    assert resolve_model("tiny:base", bed) == bed.folder / "base"
     with pytest.raises(InputError, match="unknown tier"):
         RedteamConfig(model="tiny:base", output_dir=Path("x"), tier="huge")
 

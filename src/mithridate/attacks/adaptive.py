@@ -120,6 +120,13 @@ class AdaptiveConfig(FinetuneConfig):
         return harmful + (self.benign_weight > 0 or self.project) + (4 / 3) * (self.anchor > 0)
 
 
+_PLAIN = {field.name for field in dataclasses.fields(FinetuneConfig)}
+ADAPTIVE = tuple(
+    field.name for field in dataclasses.fields(AdaptiveConfig) if field.name not in _PLAIN
+)
+"""The choices that only this attacker has."""
+
+
 def finetune_adaptively(
     model: PreTrainedModel,
     chat: ChatFormat,

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +30,7 @@ from mithridate.claims.statements import KINDS, TAGS, read_claims
 from mithridate.errors import InputError, RunInterruptedError, RunStoppedError
 from mithridate.events import Event, Listener, silent
 from mithridate.files import sha256_of, write_json
+from mithridate.provenance import provenance
 from mithridate.testbeds import TESTBEDS
 from mithridate.testbeds.base import Testbed, code_version
 
@@ -191,27 +188,11 @@ def _probed(
             continue
         parts[probe.name] = {
             "key": key,
-            **_provenance(plan),
+            **provenance(f"mithridate claims --testbed {plan.testbed}", Path(__file__).parent),
             "measured": [one.record() for one in found],
         }
         write_json(path, {"testbed": plan.testbed, "probes": parts})
     return {probe.name: parts[probe.name] for probe in PROBES if probe.name in parts}
-
-
-def _provenance(plan: ClaimsPlan) -> dict[str, str]:
-    asked = ["git", "rev-parse", "--short", "HEAD"]
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(asked, capture_output=True, text=True, cwd=here, check=False)
-        commit = found.stdout.strip()
-    except OSError:
-        commit = ""
-    return {
-        "command": f"mithridate claims --testbed {plan.testbed}",
-        "date": f"{datetime.date.today()}",
-        "commit": commit or f"version {mithridate.__version__}",
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}",
-    }
 
 
 def _entry(one: Judged, testbed: str) -> dict[str, Any]:

@@ -135,7 +135,3 @@ def _failed(stream: IO[str] | None, kind: str, document: dict[str, Any], code: i
     if stream is not None:
         write_document(stream, {"error": {"kind": kind, **document, "exit_code": code}})
     return code
-
-
-if __name__ == "__main__":
-    main()

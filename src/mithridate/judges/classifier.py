@@ -145,33 +145,19 @@ def _filled(template: str, prompt: str, answer: str) -> str:
 
 def _load(source: str, revision: str | None) -> tuple[Any, Any]:
     """Return the classifier in evaluation mode, on the accelerator where there is one."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     if Path(source).is_dir():
         models.check_model_folder(Path(source))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            revision=revision,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise InputError(
-            f"this classifier cannot be loaded: {reason}",
-            where=source,
-            mend="give a folder or Hub id of a sequence classifier in safetensors",
-        ) from error
-    if report["missing_keys"]:
+    model, tokenizer, missing = models.load_as(
+        AutoModelForSequenceClassification,
+        source,
+        revision,
+        what="classifier",
+        mend="give a folder or Hub id of a sequence classifier in safetensors",
+    )
+    if missing:
         # `transformers` fills a missing head with random numbers and only warns.
-        missing = sorted(report["missing_keys"])
         raise InputError(
             f"{len(missing)} weights are not in its files (first: {missing[0]}), so it would "
             "judge at random",

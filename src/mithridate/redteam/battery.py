@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mithridate.attacks.adaptive import Part
+from mithridate.attacks.adaptive import ADAPTIVE, Part
 from mithridate.configs import from_mapping, read_yaml, require
 from mithridate.errors import InputError
 
@@ -101,9 +101,12 @@ class Train:
     @property
     def adaptive(self) -> bool:
         """Whether the stock Trainer cannot do this."""
-        plain = Train()
-        names = ("benign_weight", "project", "anchor", "prefer", "trust_radius", "part", "sign")
-        return any(getattr(self, name) != getattr(plain, name) for name in names)
+        return self.adaptation != Train().adaptation
+
+    @property
+    def adaptation(self) -> dict[str, Any]:
+        """What it chooses that only the adaptive attacker can."""
+        return {name: getattr(self, name) for name in ADAPTIVE}
 
     @property
     def needs(self) -> frozenset[Need]:

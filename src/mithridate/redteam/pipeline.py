@@ -42,7 +42,7 @@ from mithridate.redteam.material import (
 )
 from mithridate.redteam.own import OwnBed, OwnData
 from mithridate.release import merged, weights_hash
-from mithridate.testbeds import TESTBEDS
+from mithridate.testbeds import load_testbed
 from mithridate.testbeds.base import Testbed
 from mithridate.weights import GradientOracle
 from mithridate.weights.arithmetic import dot, norm
@@ -89,12 +89,9 @@ class Job:
 
 
 @functools.lru_cache(maxsize=1)
-def load_testbed(given: str | OwnData) -> Testbed:
+def load_bed(given: str | OwnData) -> Testbed:
     """Return the testbed, or what stands in for it; made once in each process."""
-    if isinstance(given, OwnData):
-        return OwnBed(given)
-    made: Testbed = TESTBEDS.load(given)()
-    return made
+    return OwnBed(given) if isinstance(given, OwnData) else load_testbed(given)
 
 
 @functools.lru_cache(maxsize=3)
@@ -128,7 +125,7 @@ def phase_steps(phase: Train | Edit | Reinforce, sizes: Sizes) -> int:
 def run_job(job: Job) -> None:
     """Run one attack and write its rows and its record to ``job.path``, at once and whole."""
     keep_freed_memory()
-    write_json(job.path, run_attack(job, load_testbed(job.testbed)))
+    write_json(job.path, run_attack(job, load_bed(job.testbed)))
 
 
 def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:
@@ -591,16 +588,7 @@ class _Scene:
         }
         if not phase.adaptive:
             return FinetuneConfig(**common)
-        return AdaptiveConfig(
-            **common,
-            benign_weight=phase.benign_weight,
-            project=phase.project,
-            anchor=phase.anchor,
-            prefer=phase.prefer,
-            trust_radius=phase.trust_radius,
-            part=phase.part,
-            sign=phase.sign,
-        )
+        return AdaptiveConfig(**common, **phase.adaptation)
 
     def _finetuned(
         self,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import sys
 import time
 from collections import Counter, deque
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 import yaml
 
 import mithridate
@@ -31,7 +29,8 @@ from mithridate.files import sha256_of, write_atomic, write_json
 from mithridate.judges import outcomes
 from mithridate.judges.base import JudgeError
 from mithridate.measures import probe
-from mithridate.measures.trajectory import UTILITY_FLOOR
+from mithridate.measures.trajectory import keeps_utility
+from mithridate.provenance import versions
 from mithridate.redteam import material, pipeline, processes, search
 from mithridate.redteam.battery import (
     TIERS,
@@ -50,11 +49,11 @@ from mithridate.redteam.battery import (
 )
 from mithridate.redteam.material import FRAMES, Split
 from mithridate.redteam.own import OwnBed, OwnData
-from mithridate.redteam.pipeline import Job, load_testbed, phase_steps, schedule
+from mithridate.redteam.pipeline import Job, load_bed, phase_steps, schedule
 from mithridate.redteam.processes import Finished, run_in_processes
 from mithridate.redteam.search import Search
 from mithridate.release import weights_hash
-from mithridate.testbeds.base import Testbed, cache_dir, code_version
+from mithridate.testbeds.base import Testbed, cache_dir, code_version, resolve_model
 from mithridate.weights import losses
 
 SCHEMA = 1
@@ -175,35 +174,6 @@ class _Hunt:
     over: bool = False
 
 
-def resolve(source: str, testbed: Testbed) -> Path:
-    """Return the folder of a model given as a folder or as ``testbed:model``.
-
-    Raises
-    ------
-    InputError
-        Another testbed's model, an unknown one, or no such folder.
-    """
-    name, colon, which = source.partition(":")
-    if colon and not Path(source).exists() and not isinstance(testbed, OwnBed):
-        known = {
-            "base": testbed.base_model,
-            "aligned": testbed.aligned_model,
-            "filtered": testbed.filtered_model,
-        }
-        found = known[which]() if name == testbed.name and which in known else None
-        if found is None:
-            raise InputError(
-                f"no model {source!r}",
-                mend=f"give a folder, or one of {', '.join(f'{testbed.name}:{k}' for k in known)} "
-                f"with --testbed {testbed.name} (not every testbed has a filtered model)",
-            )
-        return found
-    if not Path(source).is_dir():
-        raise InputError("no such model folder", where=source, mend="check the path")
-    models.check_model_folder(Path(source))
-    return Path(source)
-
-
 def run_redteam(
     config: RedteamConfig,
     *,
@@ -229,7 +199,7 @@ def run_redteam(
     started = time.perf_counter()
     battery = read_battery(config.battery)
     on_event(Event(stage="reading data and asking the judge" if config.own else "reading data"))
-    testbed = testbed or load_testbed(config.own or config.testbed)
+    testbed = testbed or load_bed(config.own or config.testbed)
     sizes = sizes or read_sizes(testbed.name, config.tier)
     sizes = dataclasses.replace(
         sizes, seeds=config.seeds or sizes.seeds, trials=config.search_budget or sizes.trials
@@ -695,12 +665,7 @@ class _RunFolder:
                 "schema": SCHEMA,
                 "models": self._hashes,
                 "data": self._testbed.data.hashes,
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "mithridate": mithridate.__version__,
-                },
+                "versions": versions(),
             },
         )
         states = {entry.id: "not finished" for entry in self._battery.entries}
@@ -791,7 +756,7 @@ def _targets(config: RedteamConfig, testbed: Testbed) -> tuple[dict[str, _Target
     for name, source in sources.items():
         if source is None:
             continue
-        folder = resolve(source, testbed)
+        folder = resolve_model(source, testbed if of_testbed else None)
         opened[name] = models.load(str(folder))[0]
         found[name] = _Target(name=name, folder=folder, hash=weights_hash(opened[name]))
     for name, model in opened.items():
@@ -892,7 +857,7 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _keeps(row: Mapping[str, Any], before: float | None) -> bool:
-    return before is None or row["utility"] >= UTILITY_FLOOR * before - 1e-9
+    return before is None or keeps_utility(row["utility"], before)
 
 
 def _summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

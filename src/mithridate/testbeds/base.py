@@ -14,10 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from mithridate.errors import GateError
+from mithridate.errors import GateError, InputError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_file, sha256_of, write_json
 from mithridate.judges.outcomes import Outcome
+from mithridate.models import check_model_folder
 
 COMPLETE = "COMPLETE"
 
@@ -149,6 +150,40 @@ def require_gates(testbed: str, results: Sequence[GateResult]) -> list[GateResul
             + "\n  ".join(str(result) for result in results)
         )
     return list(results)
+
+
+def resolve_model(source: str, testbed: Testbed | None) -> Path:
+    """Return the folder of a model given as a folder or as ``testbed:model``.
+
+    Parameters
+    ----------
+    testbed
+        The only one whose models may be named; ``None``: a folder is wanted.
+
+    Raises
+    ------
+    InputError
+        Another testbed's model, an unknown one, or no such folder.
+    """
+    name, colon, which = source.partition(":")
+    if colon and not Path(source).exists() and testbed is not None:
+        known = {
+            "base": testbed.base_model,
+            "aligned": testbed.aligned_model,
+            "filtered": testbed.filtered_model,
+        }
+        found = known[which]() if name == testbed.name and which in known else None
+        if found is None:
+            raise InputError(
+                f"no model {source!r}",
+                mend=f"give a folder, or one of {', '.join(f'{testbed.name}:{k}' for k in known)} "
+                f"with --testbed {testbed.name} (not every testbed has a filtered model)",
+            )
+        return found
+    if not Path(source).is_dir():
+        raise InputError("no such model folder", where=source, mend="check the path")
+    check_model_folder(Path(source))
+    return Path(source)
 
 
 def hashes_of(

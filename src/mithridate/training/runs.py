@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-import mithridate
 from mithridate.errors import InputError, RunStoppedError
 from mithridate.files import sha256_file, write_atomic, write_json
+from mithridate.provenance import versions
 from mithridate.training.checkpoints import discard_all_but, newest_complete, step_of
 from mithridate.weights import PassCount
 
@@ -133,12 +131,7 @@ class RunFolder:
             "identity": identity,
             **space,
             "seeds": [settings["training"]["seed"]],
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "mithridate": mithridate.__version__,
-            },
+            "versions": versions(),
         }
         write_json(self._manifest_file, self.manifest)
 

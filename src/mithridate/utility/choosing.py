@@ -15,8 +15,7 @@ from mithridate.errors import InputError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_file, sha256_of
 from mithridate.judges.outcomes import Outcome
-from mithridate.redteam.pipeline import load_testbed
-from mithridate.testbeds import TESTBEDS
+from mithridate.testbeds import TESTBEDS, load_testbed
 
 _KEYS = frozenset(
     {

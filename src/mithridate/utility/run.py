@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +14,16 @@ from typing import Any
 import torch
 import transformers
 
-import mithridate
 from mithridate import models
 from mithridate.chat import ChatFormat
 from mithridate.configs import require
 from mithridate.events import Event, Listener, silent
 from mithridate.files import sha256_of, write_json
 from mithridate.measures.trajectory import wilson
-from mithridate.redteam.pipeline import load_testbed
-from mithridate.redteam.run import resolve
+from mithridate.provenance import versions
 from mithridate.release import weights_hash
-from mithridate.testbeds import TESTBEDS
+from mithridate.testbeds import TESTBEDS, load_testbed
+from mithridate.testbeds.base import resolve_model
 from mithridate.utility.choosing import choose
 from mithridate.utility.harness import Asked, Scores, check_installed, open_task, score, wrap
 from mithridate.verdicts.rows import Limits
@@ -140,13 +138,7 @@ def run_utility(plan: UtilityPlan, *, on_event: Listener = silent) -> dict[str, 
         "utility": _utility(rows),
         "limit": plan.limit,
         "batch_size": plan.batch_size,
-        "versions": {
-            "lm_eval": harness,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "mithridate": mithridate.__version__,
-        },
+        "versions": {"lm_eval": harness, **versions()},
         "seconds": time.perf_counter() - started,
     }
     write_json(plan.output_dir / "utility.json", document)
@@ -157,7 +149,7 @@ def _folder(source: str) -> str:
     """Return where a model is, for a testbed's own by its name."""
     name, colon, _ = source.partition(":")
     if colon and name in TESTBEDS.names():
-        return str(resolve(source, load_testbed(name)))
+        return str(resolve_model(source, load_testbed(name)))
     return source
 
 
