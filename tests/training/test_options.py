@@ -110,6 +110,26 @@ def test_balancing_nothing_is_refused(tmp_path):
         go("sft", tmp_path, config=config)
 
 
+def test_reworded_prompts_are_drawn_and_a_run_with_them_resumes_bit_for_bit(monkeypatch, tmp_path):
+    rows = noted_rows(monkeypatch)
+    config = dataclasses.replace(CONFIG, steps=6, save_every=2, reworded=("refusal", "benign"))
+    chat = ChatFormat(tiny.tiny_tokenizer())
+    own = [row for stream in ("refusal", "benign") for row in tiny.tiny_examples()[stream]]
+    known = {tuple(chat.encode(row).input_ids) for row in own}
+    straight = go("sft", tmp_path / "a", config=config, retain=("refusal", "benign"))
+    assert any(row not in known for row in rows)
+    with pytest.raises(RunInterruptedError):
+        go("sft", tmp_path / "b", config=config, retain=("refusal", "benign"), stop_at=3)
+    resumed = go("sft", tmp_path / "b", config=config, retain=("refusal", "benign"))
+    assert resumed.history == straight.history
+
+
+def test_rewording_a_stream_that_nobody_draws_from_is_refused(tmp_path):
+    config = dataclasses.replace(CONFIG, reworded=("harmful",))
+    with pytest.raises(InputError, match=r"reworded: .* no stream 'harmful'"):
+        go("sft", tmp_path, config=config)
+
+
 @pytest.mark.parametrize(("name", "options"), DRAWING)
 def test_no_batch_of_any_method_is_longer_than_max_length(name, options, monkeypatch, tmp_path):
     rows, examples = noted_rows(monkeypatch), tiny.tiny_examples()

@@ -37,6 +37,11 @@ class TrainingConfig:
         Tokens per example; longer prompts lose their beginning.
     balanced
         Streams of which every category is drawn equally often, however few rows it has.
+    reworded
+        Streams that also hold every prompt twice with its words in a random order, among words that
+        all these streams use: a defence must not hang on wordings that an attacker will not use.
+        The answers stay: not for streams whose answers hang on the order, unless the method only
+        holds on to what the model says there (TokenBuncher's ``benign``).
     cosines_every
         Steps between rows that hold the norm of each term's gradient and its cosine with the
         whole (H2); 0 leaves them out. Such a step holds one gradient more per term; results do
@@ -66,6 +71,7 @@ class TrainingConfig:
     autocast: bool = False
     max_length: int = 256
     balanced: tuple[str, ...] = ()
+    reworded: tuple[str, ...] = ()
     cosines_every: int = 50
     save_every: int = 100
     log_every: int = 1

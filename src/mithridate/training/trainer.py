@@ -44,6 +44,7 @@ from mithridate.training.config import TrainingConfig
 from mithridate.training.launch import refuse_unsupported_launch, stop_on_signal
 from mithridate.training.lora import attach_lora, describe_space
 from mithridate.training.monitors import ChangeCheck, TermMonitor
+from mithridate.training.rewording import with_rewordings
 from mithridate.training.runs import ImmunisationResult, Recorder, Row, RunFolder
 from mithridate.training.streams import StreamSampler
 from mithridate.weights import GradientOracle, PassCount
@@ -98,7 +99,7 @@ class ImmunisationTrainer(Trainer):
             total_steps=config.steps,
             seed=config.seed,
             chat=chat,
-            examples=dict(examples),
+            examples=with_rewordings(examples, self._named("reworded"), config.seed),
             learning_rate=config.learning_rate,
             balanced=frozenset(config.balanced),
         )
@@ -212,13 +213,19 @@ class ImmunisationTrainer(Trainer):
             )
         return self.samplers[name]
 
-    def _check_balanced(self) -> None:
-        for name in self.settings.balanced:
+    def _named(self, option: str) -> tuple[str, ...]:
+        """Return the streams that an option names, all of which the method draws from."""
+        names: tuple[str, ...] = getattr(self.settings, option)
+        for name in names:
             require(
                 name in self.method.streams,
-                f"balanced: the method {self.method.name!r} draws from no stream {name!r}",
+                f"{option}: the method {self.method.name!r} draws from no stream {name!r}",
                 f"name one of {', '.join(self.method.streams)}",
             )
+        return names
+
+    def _check_balanced(self) -> None:
+        for name in self._named("balanced"):
             require(
                 len({item.category for item in self._examples(name)}) > 1,
                 f"balanced: the stream {name!r} has one category only",
