@@ -4,6 +4,8 @@ Writes docs/results-methods-<testbed>.md and benchmarks/results/methods-<testbed
 
     python benchmarks/methods.py --testbed lattice --seeds 0 1 2 3 4 --workers 2
 
+With ``--rl-steps`` the RL attack has another budget, and the names of what is written end in it.
+
 Each row is one `mithridate demo` and the same harmful RL on what it planted. Beside the methods
 stand the undefended model, where one can exist the model that never knew the restricted facts, and
 ablations. Finished work is kept in ``--output-dir`` and the cache, and not repeated.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +89,9 @@ RL = {
 }
 
 
-def measure(testbed: str, name: str, seed: int, folder: Path) -> Measured:
+def measure(
+    testbed: str, name: str, seed: int, folder: Path, *, rl_steps: int | None = None
+) -> Measured:
     """Measure one method, the undefended or the filtered model."""
     bed = load_testbed(testbed)
     bench = Bench(bed, read_preset(testbed), seed, silent)
@@ -100,18 +105,28 @@ def measure(testbed: str, name: str, seed: int, folder: Path) -> Measured:
         assert known is not None, "rows are named after the models that exist"
         model = known
         found = common.control(bench, name, model, config)
-    return found | {"rl": reinforced(bench, target, model, rows, config)}
+    return found | {"rl": reinforced(bench, target, model, rows, config, rl_steps)}
 
 
 def reinforced(
-    bench: Bench, target: str, model: Path, rows: Sequence[Example], config: DemoConfig
+    bench: Bench,
+    target: str,
+    model: Path,
+    rows: Sequence[Example],
+    config: DemoConfig,
+    steps: int | None = None,
 ) -> float:
     """Return the useful harm that the strongest RL attack reaches on one model."""
     bed, attack = bench.testbed, RL[bench.testbed.name]
     chat = ChatFormat(AutoTokenizer.from_pretrained(model))
     seen = []
     for rate in attack.learning_rates:
-        settings = dataclasses.replace(attack.config, learning_rate=rate, seed=config.seed)
+        settings = dataclasses.replace(
+            attack.config,
+            learning_rate=rate,
+            seed=config.seed,
+            steps=steps or attack.config.steps,
+        )
         seen += reinforce(
             model,
             chat,
@@ -166,6 +181,7 @@ def main() -> None:
     parser.add_argument("--testbed", choices=RL, default="lattice")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="*", default=None, help="names of methods")
+    parser.add_argument("--rl-steps", type=int, default=None, help="of the RL attack")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/methods"))
     options = parser.parse_args()
@@ -175,21 +191,27 @@ def main() -> None:
     filtered = [FILTERED] if bed.filtered_model() is not None else []
     methods = options.only or [*read_preset(testbed).methods, *ABLATIONS[testbed]]
     found = common.measure_rows(
-        measure, testbed, [*filtered, *methods], seeds,
+        functools.partial(measure, rl_steps=options.rl_steps),
+        testbed, [*filtered, *methods], seeds,
         root=options.output_dir / testbed, workers=options.workers,
     )  # fmt: skip
     attack = RL[testbed]
     sft = bed.attack_preset
-    command = common.command("methods", testbed=testbed, seeds=seeds, only=options.only or None)
-    common.store("methods", command, testbed, seeds, LABELS, found)
+    steps = options.rl_steps or attack.config.steps
+    written = "methods" if options.rl_steps is None else f"methods-rl{steps}"
+    command = common.command(
+        "methods", testbed=testbed, seeds=seeds, only=options.only or None,
+        **{"rl-steps": options.rl_steps},
+    )  # fmt: skip
+    common.store(written, command, testbed, seeds, LABELS, found)
     common.write(
-        f"results-methods-{testbed}",
+        f"results-{written}-{testbed}",
         f"Every method on {testbed.capitalize()}",
         common.caption(
             command,
             f"SFT: AdamW at {', '.join(f'{rate:g}' for rate in sft.learning_rates)}, {sft.steps} "
             f"steps of {sft.batch_size} rows. RL: GRPO at "
-            f"{', '.join(f'{rate:g}' for rate in attack.learning_rates)}, {attack.config.steps} "
+            f"{', '.join(f'{rate:g}' for rate in attack.learning_rates)}, {steps} "
             f"steps of {attack.config.batch_size} questions x {attack.config.rollouts} answers, "
             f"paid by {attack.reward.__name__.replace('_', ' ')}. Passes, clock and memory of a "
             "step beside plain SFT of as many rows. The presets of `mithridate demo`: those of the "
