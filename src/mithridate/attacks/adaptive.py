@@ -40,6 +40,7 @@ from mithridate.attacks.finetune import (
     own_copy,
     with_adapter,
 )
+from mithridate.attacks.inserts import SWAPS, Insert, put_in, swap_words
 from mithridate.chat import IGNORE, Batch, ChatFormat, Encoded
 from mithridate.configs import require
 from mithridate.errors import InputError, NonFiniteError
@@ -75,6 +76,11 @@ class AdaptiveConfig(FinetuneConfig):
         biases, the output ``head``.
     sign
         Descend by the sign of the gradient instead of AdamW.
+    insert
+        What is put into the model and trained in place of its weights
+        (`mithridate.attacks.inserts`).
+    size
+        Tokens of a ``soft`` or ``hard`` insert; heads that get ``offsets``.
     """
 
     benign_weight: float = 0.0
@@ -84,6 +90,8 @@ class AdaptiveConfig(FinetuneConfig):
     trust_radius: float | None = None
     part: Part = "all"
     sign: bool = False
+    insert: Insert | None = None
+    size: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +115,22 @@ class AdaptiveConfig(FinetuneConfig):
             self.lora_rank is None or self.part == "all",
             "an adapter is trained whole", "leave out part or lora_rank",
         )  # fmt: skip
+        alone = self.lora_rank is None and self.part == "all" and not self.prefer
+        require(
+            self.insert is None or (alone and not self.anchor and self.trust_radius is None),
+            "an insert is trained alone, by cross-entropy",
+            "leave out lora_rank, part, prefer, anchor and trust_radius",
+        )
+        require(
+            (self.size >= 1) == (self.insert in ("soft", "hard", "offsets")),
+            f"size is {self.size} with insert {self.insert}",
+            "give the number of tokens (soft, hard) or heads (offsets), and none elsewhere",
+        )
+        require(
+            self.insert != "hard" or not (self.needs_benign or self.sign),
+            "words are found by what they do to restricted answers alone",
+            "leave out benign_weight, project and sign",
+        )
 
     @property
     def needs_benign(self) -> bool:
@@ -115,8 +139,13 @@ class AdaptiveConfig(FinetuneConfig):
 
     @property
     def passes(self) -> float:
-        """G_a, forward-backward passes per step; a reference costs a forward, a third, more."""
+        """G_a, forward-backward passes per step; a reference costs a forward, a third, more.
+
+        Through frozen weights a forward is half of such a pass.
+        """
         harmful = 1 if not self.prefer else 2 * (4 / 3)
+        if self.insert == "hard":
+            harmful += SWAPS / 2
         return harmful + (self.benign_weight > 0 or self.project) + (4 / 3) * (self.anchor > 0)
 
 
@@ -144,6 +173,8 @@ def finetune_adaptively(
     ----------
     examples, benign
         The attacker's restricted answers, and benign rows to keep the model whole with.
+    chat
+        With a ``soft`` or ``hard`` insert a `SoftChat` of as many tokens.
     probe, output_dir
         As in `finetune`.
     rejected
@@ -163,6 +194,8 @@ def finetune_adaptively(
     set_seed(config.seed)
     if config.lora_rank is not None:
         attacked = with_adapter(attacked, config.lora_rank)
+    elif config.insert is not None:
+        put_in(attacked, config.insert, config.size)
     else:
         train_part(attacked, config.part)
     harmful = [chat.encode(row, max_length=config.max_length) for row in examples]
@@ -189,18 +222,21 @@ def finetune_adaptively(
     attacked.train()
     for step in range(1, config.steps + 1):
         try:
-            gradient, loss = _direction(oracle, draws, config, anchored, wanted)
+            if config.insert == "hard":
+                event = {"loss": swap_words(oracle, next(draws[0]))}
+            else:
+                gradient, loss = _direction(oracle, draws, config, anchored, wanted)
+                size = bound_(gradient, config.max_grad_norm or math.inf)
+                event = {"loss": loss, "grad_norm": size}
+                if config.sign:
+                    torch._foreach_sign_(gradient)
+                oracle.space.give_gradient(gradient)
+                optimiser.step()
+                schedule.step()
+                _hold(oracle, start, config.trust_radius)
         except NonFiniteError:
             watcher.status = "diverged"
             break
-        size = bound_(gradient, config.max_grad_norm or math.inf)
-        if config.sign:
-            torch._foreach_sign_(gradient)
-        oracle.space.give_gradient(gradient)
-        optimiser.step()
-        schedule.step()
-        _hold(oracle, start, config.trust_radius)
-        event = {"loss": loss, "grad_norm": size}
         state = TrainerState(global_step=step)
         watcher.on_log(None, state, control, logs=event, model=attacked)  # type: ignore[arg-type]
         attacked.train()

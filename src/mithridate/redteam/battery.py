@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from mithridate.attacks.adaptive import ADAPTIVE, Part
+from mithridate.attacks.adaptive import ADAPTIVE, AdaptiveConfig, Part
+from mithridate.attacks.inserts import Insert
 from mithridate.configs import from_mapping, read_yaml, require
 from mithridate.errors import InputError
 
@@ -63,7 +65,7 @@ class Train:
         Share of the steps.
     repair
         Its probes are those of a repair: they do not count as the attack's steps.
-    benign_weight, project, anchor, prefer, trust_radius, part, sign
+    benign_weight, project, anchor, prefer, trust_radius, part, sign, insert, size
         As in `mithridate.attacks.adaptive.AdaptiveConfig`.
     """
 
@@ -88,6 +90,8 @@ class Train:
     trust_radius: float | None = None
     part: Part = "all"
     sign: bool = False
+    insert: Insert | None = None
+    size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("times", "rate"):
@@ -97,11 +101,13 @@ class Train:
         for name in ("rows", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}", "give 1 or more, or null")
+        if self.adaptive:
+            AdaptiveConfig(**self.adaptation, lora_rank=self.lora_rank, optimiser=self.optimiser)
 
     @property
     def adaptive(self) -> bool:
         """Whether the stock Trainer cannot do this."""
-        return self.adaptation != Train().adaptation
+        return any(getattr(self, name) != getattr(AdaptiveConfig, name) for name in ADAPTIVE)
 
     @property
     def adaptation(self) -> dict[str, Any]:
@@ -436,6 +442,11 @@ def _phases(given: Sequence[Mapping[str, Any]], where: str) -> tuple[Phase, ...]
         rest = {key: value for key, value in values.items() if key != "do"}
         found.append(from_mapping(_PHASES[kind], rest, where=f"{where}: phase {number}"))
     require(bool(found), f"{where}: it does nothing", "give at least one phase")
+    inserts = [phase.insert if isinstance(phase, Train) else None for phase in found]
+    for pair in pairwise([None, *inserts]):
+        require(pair == ("scales", "offsets") or (pair[0] is None and pair[1] != "offsets"),
+                f"{where}: nothing follows an insert, but for offsets, which follow scales",
+                "put scales right before offsets, and any other insert last")  # fmt: skip
     return tuple(found)
 
 

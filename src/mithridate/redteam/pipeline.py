@@ -23,6 +23,7 @@ from mithridate.allocation import keep_freed_memory
 from mithridate.attacks import editing
 from mithridate.attacks.adaptive import AdaptiveConfig, banned, finetune_adaptively
 from mithridate.attacks.finetune import FinetuneConfig, Probe, Row, finetune
+from mithridate.attacks.inserts import SoftChat
 from mithridate.attacks.rl import RLConfig, exact_match, reinforce
 from mithridate.chat import Batch, ChatFormat
 from mithridate.configs import require
@@ -541,6 +542,8 @@ class _Scene:
 
             return run_rl, per_step
         rows = self._rows(phase, model)
+        if phase.insert in ("soft", "hard"):
+            self.chat = SoftChat(self.chat, model, phase.size)
         config = self._finetune_config(phase, len(rows))
         passes = config.passes if isinstance(config, AdaptiveConfig) else 1.0
 
@@ -636,7 +639,8 @@ class _Scene:
         passes: float,
     ) -> float:
         """Return passes * 6 N B L; the backward pass of an adapter skips the weights' own part."""
-        per_token = 6 if config.lora_rank is None else 4
+        frozen = isinstance(config, AdaptiveConfig) and config.insert is not None
+        per_token = 4 if frozen or config.lora_rank is not None else 6
         return passes * per_token * model.num_parameters() * config.batch_size * self._length(rows)
 
     def _length(self, rows: Sequence[Example]) -> float:

@@ -19,7 +19,7 @@ import yaml
 
 import mithridate
 from mithridate import chat, models
-from mithridate.attacks import adaptive, editing, finetune, rl
+from mithridate.attacks import adaptive, editing, finetune, inserts, rl
 from mithridate.attacks.editing import check_same_shapes
 from mithridate.configs import read_yaml, require
 from mithridate.errors import InputError
@@ -271,8 +271,8 @@ class _Bench:
             judging = testbed.judges.description()
             parts.append(sys.modules[type(testbed.judges).__module__])
         self._code = code_version(
-            adaptive, editing, finetune, rl, chat, outcomes, probe, losses, material, pipeline,
-            *parts,
+            adaptive, editing, finetune, inserts, rl, chat, outcomes, probe, losses, material,
+            pipeline, *parts,
         )  # fmt: skip
         self._judging = json.loads(json.dumps(judging))
         # Every set that an attack may train on or be judged by.
@@ -845,7 +845,7 @@ def _weight(job: Job) -> float:
         if isinstance(phase, Reinforce):
             passes = 4.0 * (phase.rollouts or job.sizes.rollouts)
         elif isinstance(phase, Train) and phase.adaptive:
-            passes = 2.0
+            passes = inserts.SWAPS / 2 if phase.insert == "hard" else 2.0
         total += steps * passes + 5 * len(schedule(steps, job.attack.probe_every))
     return total
 
