@@ -37,18 +37,16 @@ FILTERED = "filtered"
 LABELS = {
     UNDEFENDED: "undefended (aligned)",
     FILTERED: "filtered (never knew the facts)",
-    "tokenbuncher-own": "tokenbuncher, no rewordings",
     "sft+tokenbuncher-own": "sft+tokenbuncher, no rewordings",
     "sft-reworded": "sft with reworded refusals, no tokenbuncher",
 }
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lattice": {
-        "tokenbuncher-own": {"name": "tokenbuncher", "training": {"reworded": []}},
         "sft+tokenbuncher-own": {"name": "sft+tokenbuncher", "training": {"reworded": []}},
         "sft-reworded": {
             "name": "sft",
-            "method": {"retain": ["refusal", "benign"]},
-            "training": {"learning_rate": 2e-4, "reworded": ["refusal"]},
+            "method": {"batch_size": 64, "retain": ["refusal", "benign"]},
+            "training": {"steps": 300, "learning_rate": 5e-4, "reworded": ["refusal", "benign"]},
         },
     },
     "atlas": {},
