@@ -128,7 +128,9 @@ def test_a_second_run_redoes_no_finished_work(toy, tmp_path, monkeypatch):
         "Trainer",
         lambda **_: pytest.fail("an attack ran again"),
     )
+    monkeypatch.setattr(demo, "measure_cost", lambda *_, **__: pytest.fail("measured again"))
     second = run_demo(config)
+    assert second["cost"] == first["cost"] is not None
     assert second["defended"] == first["defended"]
     assert second["undefended"] == first["undefended"]
 

@@ -195,10 +195,14 @@ def run_demo(
     unnamed = {target: bench.unnamed(folders[target]) for target in TARGETS}
     seconds["attacking"], clock = time.perf_counter() - clock, time.perf_counter()
 
-    cost = None
-    if not method.one_shot:
-        on_event(Event(stage="measuring what a step costs"))
-        cost = measure_cost(*_load(aligned), data.defence, method, training, seconds=20.0)
+    kept = config.output_dir / "cost.json"
+    if not kept.exists():
+        cost = None
+        if not method.one_shot:
+            on_event(Event(stage="measuring what a step costs"))
+            cost = measure_cost(*_load(aligned), data.defence, method, training, seconds=20.0)
+        write_json(kept, cost)
+    cost = json.loads(kept.read_text(encoding="utf-8"))
     seconds["measuring cost"] = time.perf_counter() - clock
 
     summary: dict[str, Any] = {
@@ -489,7 +493,6 @@ def _write_folder(
     write_atomic(place / "planting.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     write_json(place / "samples.json", samples)
     write_json(place / "benign.json", summary["benign_finetuning"])
-    write_json(place / "cost.json", summary["cost"])
     write_json(place / "summary.json", summary)
 
 
