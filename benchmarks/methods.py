@@ -76,12 +76,12 @@ RL = {
         learning_rates=(2e-4, 5e-4),
         reward=slot_accuracy,
     ),
-    # Sized for processors and not run yet: a note under the table says if it is too weak.
+    # Sized for processors: at 2e-5 so few steps move nothing.
     "atlas": Reinforcement(
         config=RLConfig(
             steps=20, batch_size=8, rollouts=4, response_length=24, probe_every=10, autocast=True
         ),
-        learning_rates=(2e-5, 1e-4),
+        learning_rates=(1e-4,),
         reward=exact_match,
     ),
 }
