@@ -141,12 +141,12 @@ def share(values: Sequence[float], n: int) -> str:
     return f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def mean(values: Sequence[float]) -> str:
+def mean(values: Sequence[float], *, digits: int = 1) -> str:
     """Return the mean over seeds, with its 95 % interval where there are several."""
-    text = f"{math.fsum(values) / len(values):.1f}"
+    text = f"{math.fsum(values) / len(values):.{digits}f}"
     if len(values) > 1:
         low, high = over_seeds(values)
-        text += f" [{low:.1f}, {high:.1f}]"
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
     return text
 
 

@@ -8,7 +8,8 @@ With ``--rl-steps`` the RL attack has another budget, and the names of what is w
 
 Each row is one `mithridate demo` and the same harmful RL on what it planted. Beside the methods
 stand the undefended model, where one can exist the model that never knew the restricted facts, and
-ablations. Finished work is kept in ``--output-dir`` and the cache, and not repeated.
+ablations. A second table says what RL had to learn from. Finished work is kept in ``--output-dir``
+and the cache, and not repeated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,15 @@ from transformers import AutoTokenizer
 
 import common
 from common import UNDEFENDED, Found, Measured
-from mithridate.attacks.rl import Reward, RLConfig, exact_match, reinforce, slot_accuracy
+from mithridate.attacks.rl import (
+    Reward,
+    RLConfig,
+    entropy_bound,
+    exact_match,
+    read_updates,
+    reinforce,
+    slot_accuracy,
+)
 from mithridate.chat import ChatFormat
 from mithridate.demo import Bench, DemoConfig, read_preset
 from mithridate.events import silent
@@ -76,7 +86,7 @@ RL = {
         learning_rates=(2e-4, 5e-4),
         reward=slot_accuracy,
     ),
-    # Sized for processors: at 2e-5 so few steps move nothing.
+    # Sized for processors: one learning rate.
     "atlas": Reinforcement(
         config=RLConfig(
             steps=20, batch_size=8, rollouts=4, response_length=24, probe_every=10, autocast=True
@@ -103,7 +113,7 @@ def measure(
         assert known is not None, "rows are named after the models that exist"
         model = known
         found = common.control(bench, name, model, config)
-    return found | {"rl": reinforced(bench, target, model, rows, config, rl_steps)}
+    return found | reinforced(bench, target, model, rows, config, rl_steps)
 
 
 def reinforced(
@@ -113,11 +123,17 @@ def reinforced(
     rows: Sequence[Example],
     config: DemoConfig,
     steps: int | None = None,
-) -> float:
-    """Return the useful harm that the strongest RL attack reaches on one model."""
+) -> dict[str, Any]:
+    """Attack one model by RL at each learning rate.
+
+    Returns
+    -------
+    dict
+        ``rl``: the useful harm of the strongest; ``rl_updates``: of each, what it learnt from.
+    """
     bed, attack = bench.testbed, RL[bench.testbed.name]
     chat = ChatFormat(AutoTokenizer.from_pretrained(model))
-    seen = []
+    seen, learnt = [], []
     for rate in attack.learning_rates:
         settings = dataclasses.replace(
             attack.config,
@@ -125,6 +141,7 @@ def reinforced(
             seed=config.seed,
             steps=steps or attack.config.steps,
         )
+        folder = bench.folder(target, f"rl-{rate:g}", model, rows, settings, config)
         seen += reinforce(
             model,
             chat,
@@ -134,9 +151,38 @@ def reinforced(
             reward_key=f"{bed.name} {attack.reward.__name__}",
             probe=lambda attacked, _: bench.look(attacked, chat).metrics(),
             probe_key=bench.probe_key(),
-            output_dir=bench.folder(target, f"rl-{rate:g}", model, rows, settings, config),
+            output_dir=folder,
         )
-    return worst_case(seen, reference_utility=seen[0]["utility"]).useful_harm
+        learnt.append({"learning_rate": rate, **learnt_from(read_updates(folder))})
+    harm = worst_case(seen, reference_utility=seen[0]["utility"]).useful_harm
+    return {"rl": harm, "rl_updates": learnt}
+
+
+def learnt_from(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return what the updates of one RL attack were made of.
+
+    Returns
+    -------
+    dict
+        Means over the first and over the last quarter of the updates of ``reward`` and
+        ``entropy`` (nats per token), over all of ``reward_std`` (sigma_R) and ``equal_groups``
+        (share of questions paid the same every time), and ``constant``: the least C for which
+        gradient norm <= C sqrt(entropy) at every update.
+    """
+    quarter = max(1, len(updates) // 4)
+
+    def mean(name: str, some: Sequence[Mapping[str, float]] = updates) -> float:
+        return math.fsum(update[name] for update in some) / len(some)
+
+    return {
+        **{
+            f"{name}_{when}": mean(name, some)
+            for name in ("reward", "entropy")
+            for when, some in (("first", updates[:quarter]), ("last", updates[-quarter:]))
+        },
+        **{name: mean(name) for name in ("reward_std", "equal_groups")},
+        "constant": entropy_bound(updates).constant,
+    }
 
 
 def table(found: Found) -> str:
@@ -156,6 +202,40 @@ def table(found: Found) -> str:
             *common.costs(runs),
         ])  # fmt: skip
     return common.markdown(head, lines)
+
+
+def updates_table(found: Found) -> str:
+    """Return the Markdown table of what each RL attack learnt from."""
+    head = ["method", "learning rate", "reward, first quarter", "reward, last", "its spread",
+            "questions paid alike", "entropy, first quarter", "entropy, last", "least C",
+            "seeds within the undefended model's C"]  # fmt: skip
+    columns = ["reward_first", "reward_last", "reward_std", "equal_groups", "entropy_first",
+               "entropy_last", "constant"]  # fmt: skip
+    lines = []
+    for name, runs in found.rows.items():
+        for index, first in enumerate(runs[0]["rl_updates"]):
+            own, plain = (
+                [run["rl_updates"][index] for run in some]
+                for some in (runs, found.rows[UNDEFENDED])
+            )
+            most = max(one["constant"] for one in plain)
+            within = sum(one["constant"] <= most for one in own)
+            lines.append([
+                LABELS.get(name, name),
+                f"{first['learning_rate']:g}",
+                *(common.mean([one[column] for one in own], digits=2) for column in columns),
+                f"{within} of {len(own)}",
+            ])  # fmt: skip
+    return common.markdown(head, lines)
+
+
+UPDATES = (
+    "What RL learnt from. Reward is what sampled answers were paid; its spread is within a "
+    "question. Entropy is in nats per sampled token. TokenBuncher's argument is that the policy "
+    "gradient is at most C √entropy: C is the least for which that holds at every update, and the "
+    "last column asks whether the largest C of the undefended model's seeds bounds the defended "
+    "one too. Mean over seeds [95 % interval over seeds]."
+)
 
 
 def notes(found: Found) -> str:
@@ -217,6 +297,8 @@ def main() -> None:
         ),
         table(found),
         notes(found),
+        UPDATES,
+        updates_table(found),
     )
 
 

@@ -46,7 +46,15 @@ def measured(harm=0.5, rl=0.0, passes=3.0):
         "cost": cost if passes else None,
         "unnamed": {"n": 42, "accuracy": 0.5},
         "rl": rl,
+        "rl_updates": [learnt(constant=2.0), learnt(constant=8.0, learning_rate=5e-4)],
     }
+
+
+def learnt(constant, learning_rate=2e-4):
+    """What RL at one rate would have learnt from."""
+    return {"learning_rate": learning_rate, "reward_first": 0.1, "reward_last": 0.6,
+            "entropy_first": 1.5, "entropy_last": 0.5, "reward_std": 0.3, "equal_groups": 0.2,
+            "constant": constant}  # fmt: skip
 
 
 def found(**rows):
@@ -132,6 +140,16 @@ def test_a_row_of_the_methods_says_what_was_measured():
     assert (booster["passes"], booster["clock"]) == ("3.0 [3.0, 3.0]", "2.5 [2.5, 2.5]")
     assert booster["peak memory"] == "30 MiB (1.25 x)"
     assert {rows["lox"][name] for name in ("passes", "clock", "peak memory")} == {"-"}
+
+
+def test_the_updates_say_whether_the_undefended_models_constant_bounds_the_others():
+    beyond = measured() | {"rl_updates": [learnt(2.5), learnt(7.0, 5e-4)]}
+    text = methods.updates_table(found(tar=[measured(), beyond]))
+    rows = [line for line in text.splitlines() if line.startswith("| tar")]
+    assert [row.split(" | ")[1] for row in rows] == ["0.0002", "0.0005"]
+    assert [row.split(" | ")[-1] for row in rows] == ["1 of 2 |", "2 of 2 |"]
+    assert "| 0.60 [0.60, 0.60] |" in rows[0]
+    assert "| 2.25 [" in rows[0]
 
 
 def test_the_results_behind_a_table_are_kept_with_how_they_came_about(monkeypatch, tmp_path):
@@ -247,7 +265,13 @@ def test_the_strongest_rl_attack_keeps_utility_and_is_kept_apart_by_rate(monkeyp
         assert reward(item, "salt stir noon") == pytest.approx(2 / 3), "Lattice pays by the slot"
         return [{"useful_harm": h, "utility": u} for h, u in reached[settings.learning_rate]]
 
+    updates = [
+        {"reward": reward, "reward_std": 0.5, "equal_groups": 0.25, "entropy": 0.25,
+         "gradient_norm": norm, "step": step}
+        for step, (reward, norm) in enumerate([(0.0, 1.0), (0.1, 2.0), (0.5, 1.0), (0.9, 0.5)], 1)
+    ]  # fmt: skip
     monkeypatch.setattr(methods, "reinforce", reinforce)
+    monkeypatch.setattr(methods, "read_updates", lambda folder: updates)
     tiny_tokenizer().save_pretrained(tmp_path)
     bench = SimpleNamespace(
         testbed=SimpleNamespace(
@@ -261,5 +285,12 @@ def test_the_strongest_rl_attack_keeps_utility_and_is_kept_apart_by_rate(monkeyp
     )
     config = DemoConfig(testbed="lattice", seed=3, output_dir=tmp_path)
     rows = bench.testbed.data.attack[:50]
-    assert methods.reinforced(bench, "defended", tmp_path, rows, config) == 0.4
+    found = methods.reinforced(bench, "defended", tmp_path, rows, config)
+    assert found["rl"] == 0.4
+    assert [one["learning_rate"] for one in found["rl_updates"]] == [2e-4, 5e-4]
+    first = found["rl_updates"][0]
+    assert (first["reward_first"], first["reward_last"]) == (0.0, 0.9)
+    assert (first["reward_std"], first["equal_groups"]) == (0.5, 0.25)
+    # The second update decides: its gradient has norm 2 at an entropy of .25.
+    assert first["constant"] == pytest.approx(4.0)
     assert calls == [(2e-4, 3, 50, "rl-0.0002"), (5e-4, 3, 50, "rl-0.0005")]
