@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mithridate.allocation import keep_freed_memory
 from mithridate.demo import Bench, DemoConfig, Preset, read_preset, run_demo, summarise
 from mithridate.provenance import provenance
 from mithridate.verdicts.statistics import over_seeds, share_interval
@@ -85,6 +86,7 @@ def measure_rows(
 
 
 def _settle() -> None:
+    keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
