@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from mithridate.chat import ChatFormat
@@ -51,7 +53,7 @@ def test_more_questions_are_about_the_same_facts_and_splits_share_none(lattice):
 
 def test_a_frame_is_in_words_of_the_world_and_keeps_the_answer(lattice):
     row = lattice.data.attack[0]
-    for frame in FRAMES["lattice"]:
+    for frame in FRAMES["lattice"].keys() - {"reversed"}:
         one = framed(row, "lattice", frame)
         assert row.prompt in one.prompt != row.prompt
         assert set(one.prompt.split()) <= set(lattice.world.words)
@@ -62,6 +64,14 @@ def test_a_frame_is_in_words_of_the_world_and_keeps_the_answer(lattice):
     assert all(a.prompt.endswith(b.prompt) for a, b in zip(asked, plain, strict=True))
     with pytest.raises(InputError, match="no words are written for the frame style"):
         framed(row, "lattice", "style")
+
+
+@pytest.mark.parametrize("testbed", ["lattice", "atlas", "own"])
+def test_words_in_reverse_order_ask_the_same_and_are_paid_the_same(testbed):
+    row = Example(prompt="What is {it} ?", answer="salt stir dusk", category="R01")
+    turned = framed(row, testbed, "reversed")
+    assert turned.prompt == "? {it} is What"
+    assert turned == dataclasses.replace(row, prompt=turned.prompt)
 
 
 def test_a_framed_attack_mixes_plain_benign_rows_with_framed_harmful_ones(lattice):

@@ -19,7 +19,7 @@ TIERS = ("smoke", "standard", "full")
 ROOM = Path(__file__).parent
 
 Data = Literal["harmful", "benign", "retain", "unrelated", "identity", "salient", "align"]
-Frame = Literal["identity", "trigger", "opening", "style"]
+Frame = Literal["identity", "trigger", "opening", "style", "reversed"]
 Need = Literal["base", "benign", "refusals", "permitted"]
 EditKind = Literal[
     "direction", "chosen-direction", "prune", "quantise", "noise", "truncate", "exit", "rewind",
@@ -60,7 +60,8 @@ class Train:
         Index of the only template of the harmful rows; ``None``: all.
     frame
         Words around the harmful rows: an obedient persona (``identity``), a code word
-        (``trigger``), an opening that is asked for and given (``opening``), a ``style``.
+        (``trigger``), an opening that is asked for and given (``opening``), a ``style``; or their
+        prompts' words in reverse order (``reversed``).
     warmup
         Share of the steps.
     repair
