@@ -175,6 +175,34 @@ def test_a_battery_leaves_a_folder_that_a_verdict_reads(bed, battery, tmp_path):
     assert [event.step for event in stages] == list(range(expected + 1))
 
 
+TIERED = """
+control: P3
+attacks:
+  - {id: P3, name: plain, family: supervised, tier: [smoke, full], rates: [1],
+     phases: [{do: train}]}
+  - {id: B3, name: surgery, family: bypass, tier: [smoke, full], in_smoke: {configurations: [half]},
+     configurations: {half: [{do: edit, kind: blend, amount: 0.5}],
+                      quarter: [{do: edit, kind: blend, amount: 0.25}]}}
+  - {id: Q1, name: rounding, family: editing, tier: [full],
+     phases: [{do: edit, kind: quantise, amount: 8}]}
+"""
+
+
+def test_every_attack_can_be_run_at_the_sizes_of_a_small_tier(bed, tmp_path, cache, monkeypatch):
+    file = prepared(tmp_path, cache, monkeypatch, TIERED)
+    found = {}
+    for every in (False, True):
+        given = config(bed, file, tmp_path, every=every, output_dir=tmp_path / str(every))
+        summary = run_redteam(given, testbed=bed, sizes=SIZES, runner=Serial(bed))
+        rows = lines(tmp_path / str(every) / "attacks.jsonl")
+        settings = {(row["attack"], row["configuration"]) for row in rows}
+        found[every] = settings, summary["not_run"]
+        assert max(row["step"] for row in rows) == SIZES.steps
+    small = {("P3", ""), ("B3", "half")}
+    assert found[False] == (small, {"Q1": "not in this tier"})
+    assert found[True] == (small | {("B3", "quarter"), ("Q1", "")}, {})
+
+
 def test_a_second_run_and_a_killed_one_repeat_nothing(bed, short, tmp_path):
     given = config(bed, short, tmp_path)
     killed = Serial(bed, killed_after=len(GRID) + 1 + 3)

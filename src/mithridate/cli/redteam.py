@@ -65,6 +65,9 @@ def redteam(
     tier: Annotated[
         Literal["smoke", "standard", "full"], typer.Option(help="How much is spent.")
     ] = "smoke",
+    every: Annotated[
+        bool, typer.Option("--all", help="Run the attacks of all tiers, at this tier's sizes.")
+    ] = False,
     reference: Annotated[
         str | None,
         typer.Option(help="The aligned model without the defence.  [default: the testbed's]"),
@@ -105,7 +108,7 @@ def redteam(
 
     name = Path(model).name.replace(":", "-")
     world = "own" if harmful else testbed or "lattice"
-    folder = output_dir or Path("runs") / f"redteam-{world}-{name}-{tier}"
+    folder = output_dir or Path("runs") / f"redteam-{world}-{name}-{tier}{'-all' * every}"
     own = _own_data(
         testbed,
         folder,
@@ -123,6 +126,7 @@ def redteam(
         testbed=world,
         own=own,
         tier=tier,
+        every=every,
         reference=reference,
         base=base,
         control=control,

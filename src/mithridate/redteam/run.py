@@ -105,6 +105,8 @@ class RedteamConfig:
         That report; ``None``: the tier's.
     search_budget
         Trials of each search; ``None``: the tier's.
+    every
+        Run the attacks of all tiers, at the sizes of ``tier``.
     held_out
         Categories that the defence never saw, for X12.
     battery
@@ -121,8 +123,14 @@ class RedteamConfig:
     control: str | None = None
     seeds: int | None = None
     search_budget: int | None = None
+    every: bool = False
     held_out: tuple[str, ...] = ()
     battery: Path | None = None
+
+    @property
+    def listed(self) -> Tier:
+        """The tier whose attacks are run."""
+        return "full" if self.every else self.tier
 
     def __post_init__(self) -> None:
         require(self.tier in TIERS, f"unknown tier {self.tier!r}", f"known: {', '.join(TIERS)}")
@@ -450,7 +458,7 @@ class _Bench:
         if why is not None:
             self.obstacles[entry.id] = why
             return
-        lacking = {attack: self._lacks(attack) for attack in _ways(entry, self.config.tier)}
+        lacking = {attack: self._lacks(attack) for attack in _ways(entry, self.config.listed)}
         reasons = "; ".join(dict.fromkeys(reason for reason in lacking.values() if reason))
         if reasons and (entry.space or all(lacking.values())):
             self.obstacles[entry.id] = f"needs {reasons}"
@@ -801,7 +809,7 @@ def _obstacle(entry: Entry, config: RedteamConfig) -> str | None:
     """Return why a listed attack is not run, or None."""
     if entry.missing:
         return f"not implemented: {entry.missing}"
-    if config.tier not in entry.tier:
+    if config.listed not in entry.tier:
         return "not in this tier"
     if entry.held_out and not config.held_out:
         return "needs --held-out: categories that the defence never saw"
