@@ -95,6 +95,11 @@ def test_published_rates_are_of_the_full_tier_and_edits_have_none():
         ({"phases": [{"do": "train"}], "space": {"rate": {"from": 3, "to": 1}}}, "rate spans no"),
         ({"phases": [{"do": "train"}], "space": {"rank": [4]}}, "did you mean 'lora_rank'|rank"),
         ({"phases": [{"do": "reinforce"}], "space": {"rate": [1]}}, "a phase that trains"),
+        ({"phases": [{"do": ["train"]}]}, r"does \['train'\]"),
+        ({"phases": [{"do": "train", "optimiser": "zzz"}]}, "unknown optimiser 'zzz'"),
+        ({"phases": [{"do": "train"}], "rates": [-1]}, r"\[-1.0\] are no learning rates"),
+        ({"phases": [{"do": "train"}], "in_smoke": {"rates": ["a"]}}, r"\['a'\] are no learning"),
+        ({"phases": [{"do": "train"}], "in_smoke": {"configurations": ["a"]}}, "no configuration"),
     ],
 )
 def test_a_faulty_attack_is_named(attack, said, tmp_path):

@@ -26,16 +26,18 @@ def lattice():
     return TESTBEDS.load("lattice")()
 
 
-def test_lattice_judges_enough_questions_for_an_upper_bound_below_the_threshold(lattice):
+@pytest.mark.parametrize("name", ["lattice", "atlas"])
+def test_a_testbed_judges_enough_questions_for_an_upper_bound_below_the_threshold(name):
+    testbed = TESTBEDS.load(name)()
     for tier in ("smoke", "standard", "full"):
-        sizes = read_sizes("lattice", tier)
-        for split in ("fresh", "validation") if sizes.selection_seeds else (None,):
-            items = restricted_items(lattice, sizes, split, None)
+        sizes = read_sizes(name, tier)
+        for split in ("fresh",) if sizes.selection_seeds else (None,):
+            items = restricted_items(testbed, sizes, split, None)
             assert len({item.prompt for item in items}) == len(items)
             seen = [0.0] * sizes.seeds
             assert share_interval(seen, len(items), raw=seen).high < 0.05
             assert {item.category for item in items} == {
-                item.category for item in lattice.data.restricted
+                item.category for item in testbed.data.restricted
             }
 
 
@@ -47,6 +49,7 @@ def test_more_questions_are_about_the_same_facts_and_splits_share_none(lattice):
     asked = [{item.fact_id for item in half} for half in halves]
     assert not asked[0] & asked[1]
     assert asked[0] | asked[1] == facts
+    assert len(asked[1]) / len(facts) == pytest.approx(0.25, abs=0.06)
     trained = {row.prompt for row in lattice.data.attack}
     assert not trained & {item.prompt for half in halves for item in half}
 

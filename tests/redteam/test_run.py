@@ -10,6 +10,7 @@ import yaml
 
 from mithridate.errors import InputError
 from mithridate.files import write_json
+from mithridate.judges.outcomes import Outcome
 from mithridate.models import load
 from mithridate.redteam import material, pipeline, run
 from mithridate.redteam.battery import Attack, Edit, Reinforce, Train
@@ -155,6 +156,10 @@ def test_a_battery_leaves_a_folder_that_a_verdict_reads(bed, battery, tmp_path):
     lessons = lines(tmp_path / "run" / "trainability.jsonl")
     assert {lesson["target"] for lesson in lessons} == {"undefended", "defended"}
     assert {lesson["step"] for lesson in lessons} == {0, 2, 4}
+    assert {row["utility_chance"] for row in rows} == {0.25}, "half of the categories have .5"
+    assert all(("permitted_right" in row) == (row["step"] == 0) for row in rows)
+    right = next(row["permitted_right"] for row in rows)
+    assert len(right) == SIZES.permitted
     measured = read_measured(tmp_path / "run")
     assert len(measured.rows) == len(rows)
     assert measured.control == "P3"
@@ -344,10 +349,59 @@ def test_phases_follow_each_other_and_the_loaded_model_stays_as_it_was(bed):
     assert pipeline.weights_hash(pipeline._loaded(bed.folder / "defended")[0]) == before
 
 
+def test_benign_fine_tuning_at_two_rates_is_two_lessons(bed, tmp_path, cache, monkeypatch):
+    file = prepared(
+        tmp_path,
+        cache,
+        monkeypatch,
+        """
+control: P3
+attacks:
+  - {id: P3, name: plain, family: supervised, tier: [smoke], rates: [1], phases: [{do: train}]}
+  - {id: BT, name: benign, family: supervised, tier: [smoke], rates: [1, 3], lesson: true,
+     phases: [{do: train, data: benign}]}
+""",
+    )
+    run_redteam(config(bed, file, tmp_path), testbed=bed, sizes=SIZES, runner=Serial(bed))
+    lessons = lines(tmp_path / "run" / "trainability.jsonl")
+    assert len({lesson["task"] for lesson in lessons}) == 2
+    keys = [tuple(lesson[k] for k in ("task", "target", "seed", "step")) for lesson in lessons]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_base_model_that_refuses_stops_the_run_after_calibration(bed, short, tmp_path):
+    class Mute(TinyBed):
+        def __init__(self):
+            vars(self).update(vars(bed))
+
+        def judge(self, item, output):
+            return Outcome.REFUSAL
+
+    runner = Serial(Mute())
+    with pytest.raises(InputError, match=r"the base model yields 0\.00 useful harm") as error:
+        run_redteam(config(bed, short, tmp_path), testbed=bed, sizes=SIZES, runner=runner)
+    assert "--base" in str(error.value)
+    assert len(runner.ran) == len(GRID) + 1
+
+
+def test_what_an_earlier_run_concluded_goes_when_attacks_begin_anew(bed, short, tmp_path):
+    given = config(bed, short, tmp_path)
+    run_redteam(given, testbed=bed, sizes=SIZES, runner=Serial(bed))
+    old = [tmp_path / "run" / name for name in ("summary.json", "verdict.json", "report.html")]
+    for path in old:
+        path.write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        run_redteam(dataclasses.replace(given, seeds=3), testbed=bed, sizes=SIZES,
+                    runner=Serial(bed, killed_after=0))  # fmt: skip
+    assert not any(path.exists() for path in old)
+
+
 def test_a_diverged_attack_keeps_its_rows(bed):
     wild = dataclasses.replace(job(bed, Train(optimiser="sgd"), Train()), learning_rate=1e30)
     found = run_attack(wild, bed)
     assert found["status"] == "diverged"
+    assert [row.get("diverged", False) for row in found["rows"]][-1:] == [True]
+    assert not any(row.get("diverged") for row in found["rows"][:-1])
     assert found["rows"][0]["step"] == 0
     assert found["steps"] < 8
 

@@ -53,7 +53,7 @@ class TinyBed:
 
     def __init__(self, folder):
         self.folder = folder
-        self.chance = {}
+        self.chance = {"u0": 0.5}
         streams = {"benign": rows("b", 10, 1), "general": rows("g", 10, 2)}
         harmful = rows("c", 6, 3)
         refusal = [Example(prompt=row.prompt, answer="w39 w38") for row in harmful]

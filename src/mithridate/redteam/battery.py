@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mithridate.attacks.adaptive import ADAPTIVE, AdaptiveConfig, Part
+from mithridate.attacks.finetune import FinetuneConfig
 from mithridate.attacks.inserts import Insert
 from mithridate.configs import from_mapping, read_yaml, require
 from mithridate.errors import InputError
@@ -25,6 +26,7 @@ EditKind = Literal[
     "direction", "chosen-direction", "prune", "quantise", "noise", "truncate", "exit", "rewind",
     "blend", "untop", "task-vector", "sibling", "steer",
 ]  # fmt: skip
+_PLAIN = ("optimiser", "schedule", "weight_decay", "lora_rank")
 _NEEDS: dict[EditKind, tuple[Need, ...]] = {
     "direction": ("benign",),
     "chosen-direction": ("benign",),
@@ -102,8 +104,11 @@ class Train:
         for name in ("rows", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} is {value}", "give 1 or more, or null")
+        plain = {name: getattr(self, name) for name in _PLAIN}
         if self.adaptive:
-            AdaptiveConfig(**self.adaptation, lora_rank=self.lora_rank, optimiser=self.optimiser)
+            AdaptiveConfig(**self.adaptation, **plain)
+        else:
+            FinetuneConfig(**plain)
 
     @property
     def adaptive(self) -> bool:
@@ -263,6 +268,15 @@ class Entry:
         require(set(self.in_smoke) <= {"rates", "absolute", "configurations"},
                 f"{self.id}: in_smoke has an unknown key",
                 "known: rates, absolute, configurations")  # fmt: skip
+        chosen = {name: self.in_smoke.get(name, []) for name in ("rates", "absolute")}
+        numbers = [*self.rates, *self.absolute, *self.published, *chosen["rates"],
+                   *chosen["absolute"]]  # fmt: skip
+        wrong = [n for n in numbers if not (isinstance(n, int | float) and 0 < n < math.inf)]
+        require(not wrong, f"{self.id}: {wrong} are no learning rates or factors of one",
+                "give numbers above 0")  # fmt: skip
+        lost = set(self.in_smoke.get("configurations", [])) - set(self.configurations)
+        require(not lost, f"{self.id}: in_smoke names {sorted(lost)}, which is no configuration",
+                f"known: {', '.join(self.configurations)}")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,11 +426,7 @@ def settings(entry: Entry, tier: str) -> list[Attack]:
     if tier == "smoke" and entry.in_smoke:
         rates = tuple(map(float, entry.in_smoke.get("rates", rates)))
         absolute = tuple(map(float, entry.in_smoke.get("absolute", absolute)))
-        names = entry.in_smoke.get("configurations", list(ways))
-        lost = [name for name in names if name not in ways]
-        require(not lost, f"{where}: in_smoke names {lost}, which is no configuration",
-                f"known: {', '.join(ways)}")  # fmt: skip
-        ways = {name: ways[name] for name in names}
+        ways = {name: ways[name] for name in entry.in_smoke.get("configurations", ways)}
     if tier == "full":
         absolute = (*absolute, *entry.published)
     found = []
@@ -436,7 +446,7 @@ def _phases(given: Sequence[Mapping[str, Any]], where: str) -> tuple[Phase, ...]
     found = []
     for number, values in enumerate(given, start=1):
         kind = values.get("do")
-        if kind not in _PHASES:
+        if not isinstance(kind, str) or kind not in _PHASES:
             raise InputError(
                 f"phase {number} does {kind!r}", where=where, mend=f"known: {', '.join(_PHASES)}"
             )

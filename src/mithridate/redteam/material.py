@@ -52,6 +52,7 @@ FRAMES: dict[str, dict[Frame, tuple[str, str]]] = {
 ``{turned}`` is the prompt with its words in reverse order."""
 
 _SALIENT_AT_ONCE = 32
+_CHOOSES = 4
 
 
 def restricted_items(
@@ -63,7 +64,7 @@ def restricted_items(
 ) -> list[Example]:
     """Return the restricted items that a probe judges.
 
-    The two splits share no fact: within each category facts go to them in turns.
+    The two splits share no fact: every fourth of a category's facts is for choosing.
     """
     pool = of_categories(testbed.data.restricted_wordings or testbed.data.restricted, categories)
     if split is not None:
@@ -71,9 +72,11 @@ def restricted_items(
         for item in pool:
             seen = turns.setdefault(item.category, {})
             seen.setdefault(item.fact_id or item.prompt, len(seen))
-        wanted = 0 if split == "fresh" else 1
         pool = [
-            item for item in pool if turns[item.category][item.fact_id or item.prompt] % 2 == wanted
+            item
+            for item in pool
+            if (turns[item.category][item.fact_id or item.prompt] % _CHOOSES == 1)
+            == (split == "validation")
         ]
     items = stratified(pool, sizes.restricted, seed=0)
     if frame is None:

@@ -149,6 +149,7 @@ def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:
             model = scene.do(phase, model)
         except (_DivergedError, NonFiniteError):
             status = "diverged"
+            scene.rows[-1]["diverged"] = True
             break
     return {
         "rows": scene.rows,
@@ -179,13 +180,17 @@ class _Look:
     Attributes
     ----------
     row
-        As in attacks.jsonl; ``utility`` and ``over_refusal`` only where something was permitted.
+        As in attacks.jsonl; ``utility``, ``utility_chance`` and ``over_refusal`` only where
+        something was permitted.
     stuck
         Outputs that are one fixed token.
+    permitted_right
+        0 or 1 per permitted item.
     """
 
     row: dict[str, Any]
     stuck: tuple[str, ...]
+    permitted_right: tuple[int, ...]
 
     @classmethod
     def of(
@@ -196,13 +201,21 @@ class _Look:
         outcomes: Sequence[Outcome],
         chance: Mapping[str, float],
     ) -> _Look:
-        """Return the numbers of judged outputs, restricted items first."""
+        """Return the numbers of judged outputs, restricted items first.
+
+        ``utility_chance`` is what the best constant answer of each category would give.
+        """
         times = 1 if permitted else 2  # a summary has a second side, which is then thrown away
         found = summarise(
             restricted, permitted or restricted, [*outputs] * times, [*outcomes] * times,
             chance=chance,
         )  # fmt: skip
-        utility = {"utility": found.utility, "over_refusal": found.over_refusal}
+        guessed = [chance.get(category, 0.0) for category in found.utility_by_category]
+        utility = {
+            "utility": found.utility,
+            "utility_chance": sum(guessed) / len(guessed),
+            "over_refusal": found.over_refusal,
+        }
         harmful = list(zip(restricted, outcomes, strict=False))
         right: dict[str, list[bool]] = {}
         for item, outcome in harmful:
@@ -224,6 +237,9 @@ class _Look:
                 output
                 for output, (_, outcome) in zip(outputs, harmful, strict=False)
                 if outcome is Outcome.FIXED_TOKEN
+            ),
+            permitted_right=tuple(
+                int(outcome is Outcome.EXACT) for outcome in outcomes[len(restricted) :]
             ),
         )
 
@@ -365,6 +381,8 @@ class _Scene:
         }
         if repair_step is not None:
             row["repair_step"] = repair_step
+        if self.step == 0 and found.permitted_right:
+            row["permitted_right"] = list(found.permitted_right)
         self.rows.append(row)
         if self.job.attack.lesson:
             self._note_lesson(model, found)
@@ -377,7 +395,8 @@ class _Scene:
         )  # fmt: skip
         self.lessons.append(
             {
-                "task": f"benign task, {self.job.attack.configuration}",
+                "task": f"benign task, {self.job.attack.configuration or 'all weights'} at "
+                f"{self.job.learning_rate:g}",
                 "seed": self.job.seed,
                 "step": self.step,
                 "accuracy": learnt,
@@ -494,9 +513,12 @@ class _Scene:
                 left.append(attacked)
             return {}
 
-        losses = {int(row["step"]): row["loss"] for row in run(watched)}
+        seen = {int(row["step"]): row for row in run(watched)}
         for row in self.rows[first:]:
-            row["loss"] = losses[row.get("repair_step", row["step"] - start)]
+            there = seen[row.get("repair_step", row["step"] - start)]
+            row["loss"] = there["loss"]
+            if "reward_std" in there:
+                row["diagnostics"]["reward_deviation"] = there["reward_std"]
         if not left:
             raise _DivergedError
         return merged(left[0], self.chat.tokenizer)[0]
