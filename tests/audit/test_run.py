@@ -104,6 +104,18 @@ def test_clean_files_pass_without_a_failure(tmp_path: Path) -> None:
                           "evaluation": [{**rows[0], "prompt": "One  TWO three"}]},
             "Attack and evaluation",
         ),
+        (lambda rows: {"benign": rows[3:4]}, "Retained and harmful"),
+        (lambda rows: {"general": [{**rows[3], "prompt": rows[3]["prompt"] + "s"}]}, "Retained"),
+        (
+            lambda rows: {"attack": [{**rows[0], "prompt": "one two three"}],
+                          "benign": [{"prompt": "One  TWO three", "answer": "four"}]},
+            "Retained and harmful",
+        ),
+        (
+            lambda rows: {"benign": [{"prompt": "one two three", "answer": "four"}],
+                          "evaluation": [{**rows[0], "prompt": "one two three"}]},
+            "Defence and evaluation",
+        ),
         (lambda rows: {"harmful": rows[:60]}, "enough harmful prompts"),
         (lambda rows: {"refusal": [{**rows[0], "answer": f"No: it is {SECRET} 0."}]}, "No refusal"),
         (
@@ -116,7 +128,8 @@ def test_clean_files_pass_without_a_failure(tmp_path: Path) -> None:
             "two splits",
         ),
     ],
-    ids=["attack", "evaluation", "both", "category", "refusal", "splits"],
+    ids=["attack", "evaluation", "both", "benign", "general", "benign-attack", "benign-evaluation",
+         "category", "refusal", "splits"],
 )  # fmt: skip
 def test_a_planted_fault_fails_its_gate_and_no_other(tmp_path: Path, plant, words: str) -> None:
     document = audit(tmp_path, {"harmful": harmful(), **plant(harmful())})
@@ -125,6 +138,20 @@ def test_a_planted_fault_fails_its_gate_and_no_other(tmp_path: Path, plant, word
         gate(document, words)["name"]
     ]
     assert gate(document, words)["mend"]
+
+
+def test_a_benign_file_that_is_the_harmful_one_fails_in_any_order(tmp_path: Path) -> None:
+    rows = harmful()
+    for names in (("harmful", "benign", "refusal"), ("benign", "harmful", "refusal")):
+        sets = dict.fromkeys(names, rows)
+        sets["refusal"] = [{**row, "answer": "I cannot help with that."} for row in rows]
+        # What --overlap allows is the attack's rows in the harmful set, no others.
+        document = audit(tmp_path, sets, overlap=True)
+        assert document["exit_code"] == 1
+        (failed,) = [entry for entry in document["gates"] if entry["status"] == "fail"]
+        assert failed["name"] == "Retained and harmful rows are disjoint"
+        assert "80 rows" in failed["measured"]
+        assert "refusal" not in failed["measured"], "paired with the harmful rows by design"
 
 
 def test_overlap_with_the_attack_can_be_allowed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mithridate.economics import EconomicsPlan, run_economics
-from mithridate.economics.attacker import read_measured
+from mithridate.economics.measured import MeasuredRun, read_measured
 from mithridate.errors import GateError, InputError
 from tests.cli.test_app import run
 from tests.reports.make_run import make_run
@@ -34,6 +34,8 @@ def write_run(
             "step": step,
             "useful_harm": harm if rate == 1e-4 or step == 0 else 0.0,
             "utility": utility if target == "defended" else 0.75,
+            "refusal": 0.0,
+            "n_restricted": 100,
         }
         for target, curve in (("undefended", undefended), ("defended", defended), ("base", base))
         for rate in (2e-5, 1e-4)
@@ -41,7 +43,7 @@ def write_run(
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trajectory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    summary: dict[str, Any] = {"method": "seam", "testbed": "lattice"}
+    summary: dict[str, Any] = {"method": "seam", "testbed": "lattice", "seed": 0}
     summary["attack"] = {"batch_size": batch_size, "steps": 40}
     if fires is not None:
         summary["benign_finetuning"] = {
@@ -59,19 +61,24 @@ HOLDS = {0: 0.0, 10: 0.02, 20: 0.01, 40: 0.0}
 LATE = {0: 0.0, 10: 0.1, 20: 0.2, 40: 0.8}
 
 
+def only(path: Path, **options: Any) -> MeasuredRun:
+    (found,) = read_measured(path, **{"threshold": None, **options})
+    return found
+
+
 def account(*runs: Path, **changes: Any) -> dict[str, Any]:
     return run_economics(EconomicsPlan(**{"runs": runs, "draws": 400, **changes}))
 
 
 def test_a_run_is_read_into_steps(tmp_path: Path) -> None:
-    found = read_measured(write_run(tmp_path, undefended=WEAK, defended=LATE), threshold=None)
+    found = only(write_run(tmp_path, undefended=WEAK, defended=LATE))
     assert found.threshold == 0.45
     assert (found.undefended.steps, found.undefended.before, found.undefended.held) == (
         10, 0, False,
     )  # fmt: skip
     assert (found.immunised.steps, found.immunised.before) == (40, 20)
     assert found.immunised.searched == 80, "both learning rates, each to its end"
-    strict = read_measured(tmp_path, threshold=0.15)
+    strict = only(tmp_path, threshold=0.15)
     assert (strict.immunised.steps, strict.immunised.before) == (20, 10)
 
 
@@ -83,7 +90,7 @@ def test_utility_lost_before_the_harm_is_no_break(tmp_path: Path) -> None:
         if row["target"] == "defended" and row["step"] == 40:
             row["utility"] = 0.1
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_measured(tmp_path, threshold=None).immunised.held
+    assert only(tmp_path).immunised.held
 
 
 def test_measured_steps_become_flops_and_dollars(tmp_path: Path) -> None:
@@ -223,14 +230,41 @@ def test_an_immunised_model_that_answers_at_once_is_said(tmp_path: Path) -> None
     assert any("minus infinity" in said for said in found["does_not_hold"])
 
 
+ROW = '{"target": "undefended", "step": 0, "seed": 0, "useful_harm": 0, "refusal": 0'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("summary.json", "{", "not valid JSON"),
-        ("trajectory.jsonl", '{"target": "undefended", "step": 1}', "row 1: learning_rate is None"),
-        ("trajectory.jsonl", "", "undefended model was not attacked"),
-        ("summary.json", '{"attack": {}}', "batch_size is missing"),
-        ("summary.json", '{"attack": {"kind": "rl", "batch_size": 4}}', "of the kind 'rl'"),
+        ("summary.json", "[]", "summary.json: not a JSON object"),
+        ("trajectory.jsonl", '{"step": 1}', "line 1: the row lacks 'target'"),
+        ("trajectory.jsonl", ROW + "}", "line 1: learning_rate is None"),
+        (
+            "trajectory.jsonl",
+            ROW + ', "learning_rate": 1, "n_restricted": 9}',
+            "utility is missing.*\n.*--permitted",
+        ),
+        ("trajectory.jsonl", "", "holds no row"),
+        (
+            "trajectory.jsonl",
+            ROW + ', "learning_rate": 1, "n_restricted": 9, "utility": 1}',
+            "defended model was not attacked",
+        ),
+        ("summary.json", '{"seed": 0, "attack": {}}', "batch_size is missing"),
+        ("summary.json", '{"seed": 0, "attack": [4]}', "batch_size is missing"),
+        ("summary.json", '{"seed": 0, "attack": {"batch_size": 0}}', "batch_size is missing, or"),
+        (
+            "summary.json",
+            '{"seed": 0, "attack": {"kind": "rl", "batch_size": 4}}',
+            "of the kind 'rl'",
+        ),
+        (
+            "summary.json",
+            '{"seed": 0, "attack": {"batch_size": 4}, "benign_finetuning": {"detail": {"a": 1}}}',
+            "benign_finetuning.detail is not what",
+        ),
+        ("manifest.json", '{"schema": 7}', "manifest.json: the folder is of version 7"),
     ],
 )
 def test_broken_run_folders_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -240,15 +274,38 @@ def test_broken_run_folders_are_named(tmp_path: Path, name: str, text: str, mess
         account(tmp_path)
 
 
+def test_a_folder_of_neither_kind_is_told_both(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"neither a run nor a battery.*\n.*demo.*redteam"):
+        account(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("5", "methods.seam: 5 is no measured cost"),
+        ('{"clock_ratio": "fast"}', "clock_ratio is 'fast'"),
+        ('{"clock_ratio": NaN}', "clock_ratio is nan"),
+        *(
+            (f'{{"clock_ratio": 2, "clock_ratio_interval": {given}}}', "not two numbers above 0")
+            for given in ("[2]", "[2, 1]", "[0, 1]", "2", '["a", "b"]', "[1, Infinity]")
+        ),
+    ],
+)
+def test_broken_cost_documents_are_named(tmp_path: Path, row: str, message: str) -> None:
+    cost = tmp_path / "cost.json"
+    cost.write_text(f'{{"methods": {{"seam": {row}}}}}')
+    with pytest.raises(InputError, match=message) as found:
+        account(cost=cost)
+    assert str(cost) in str(found.value)
+    assert "mithridate cost" in found.value.mend
+
+
 def test_bad_plans_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such run folder"):
         account(tmp_path / "nowhere")
     cost = tmp_path / "cost.json"
     cost.write_text("[]")
     with pytest.raises(InputError, match="not a cost document"):
-        account(cost=cost)
-    cost.write_text('{"methods": {"seam": {"clock_ratio": "fast"}}}')
-    with pytest.raises(InputError, match="clock_ratio is 'fast'"):
         account(cost=cost)
     with pytest.raises(InputError, match="no share"):
         account(threshold=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,18 @@ def test_a_model_that_answers_before_the_attack_has_the_worst_index() -> None:
     assert asymmetry(costs(1.0, 0.0, immunised_at_least=0.0), "none", ONE)[0] == -np.inf
 
 
+def test_an_edit_counts_where_what_it_needs_is_public() -> None:
+    ways = {"immunised_merged": np.array([0.25]), "immunised_edited": np.array([np.inf])}
+    held = replace(costs(1.0, np.inf), shortcuts=ways)
+    assert multiplier(held, "base")[1] == 0.25
+    assert multiplier(held, "none")[1] == 60.0
+    assert multiplier(held, "sibling")[1] == 0.5, "merging needs the base model, not a sibling"
+    both = replace(held, shortcuts={**ways, "undefended_merged": np.array([0.25])})
+    assert asymmetry(both, "base", ONE)[0] == 0.0
+    edited = replace(held, shortcuts={"immunised_edited": np.array([0.75])})
+    assert [multiplier(edited, name)[1] for name in AVAILABILITIES] == [0.75, 0.5, 0.75]
+
+
 def test_draws_keep_their_median_their_interval_and_their_range() -> None:
     rng = np.random.default_rng(0)
     drawn = Constant(value=3.0, unit="", source="").draw(200_000, rng)
@@ -222,6 +235,8 @@ def test_constants_are_overridden_by_number_or_in_full(tmp_path: Path) -> None:
         ("gpu: {mfu_train: much}", "is not float"),
         ("gpu: {mfu_train: {value: 0.3, sprad: 2}}", "gpu.mfu_train: unknown key 'sprad'"),
         ("gpu: 3", "unknown constant 'gpu'"),
+        ("gpu: {flops_bf16: 0}", "gpu.flops_bf16: the value 0 is divided by"),
+        ("attack: {tokens_per_row: 0}", "attack.tokens_per_row: the value 0 is divided by"),
         ("gpu: {mfu_train: .nan}\nquery: {x: 1}", "mfu_train.*query.x"),
     ],
 )

@@ -12,6 +12,7 @@ CONTAMINATING = ("exact", "fact", "near", "words")
 """Kinds of overlap that count as the same row; closeness of embeddings only calls for a look."""
 
 TRAINED_ON = ("harmful", "refusal", "benign", "general", "prompts")
+RETAINED = ("benign", "general")
 RISE_P = 0.05
 
 _KINDS = {
@@ -71,7 +72,8 @@ def verdict(gates: Sequence[Gate], *, strict: bool) -> Status:
 
 
 def _disjoint(duplicates: Mapping[str, Any], *, overlap: bool) -> Iterator[Gate]:
-    pairs = {(pair["a"], pair["b"]): pair for pair in duplicates["between"]}
+    # The sets stand in the order that they were given in.
+    pairs = {frozenset((pair["a"], pair["b"])): pair for pair in duplicates["between"]}
     questions = [
         ("Attack and evaluation rows are disjoint", [("attack", "eval")], False),
         (
@@ -84,9 +86,15 @@ def _disjoint(duplicates: Mapping[str, Any], *, overlap: bool) -> Iterator[Gate]
             [(name, "attack") for name in ("harmful", "prompts")],
             overlap,
         ),
+        (
+            # A row that is both to be answered and to be resisted teaches neither.
+            "Retained and harmful rows are disjoint",
+            [(name, kept) for name in ("harmful", "prompts", "attack") for kept in RETAINED],
+            False,
+        ),
     ]
     for name, wanted, allowed in questions:
-        asked = [pairs[pair] for pair in wanted if pair in pairs]
+        asked = [pairs[frozenset(pair)] for pair in wanted if frozenset(pair) in pairs]
         if not asked:
             yield Gate(name=name, status="skipped", measured="one of the sets is not given")
             continue

@@ -20,7 +20,7 @@ def economics(
     ] = None,
     run: Annotated[
         list[Path] | None,
-        typer.Option(help="Run folder of demo or attack; once for each seed.", file_okay=False),
+        typer.Option(help="Folder of demo or attack, once a seed; or of redteam.", file_okay=False),
     ] = None,
     shape: Annotated[
         str | None,

@@ -15,12 +15,9 @@ from mithridate.configs import require
 from mithridate.economics.attacker import (
     AVAILABILITIES,
     AttackCosts,
-    Broken,
-    MeasuredRun,
     asymmetry,
     attack_costs,
     multiplier,
-    read_measured,
 )
 from mithridate.economics.constants import Draws, Values, read_constants
 from mithridate.economics.developer import (
@@ -32,6 +29,7 @@ from mithridate.economics.developer import (
     seconds,
     training_flops,
 )
+from mithridate.economics.measured import Broken, MeasuredRun, read_measured
 from mithridate.economics.sentences import caveats, failures
 from mithridate.errors import InputError
 
@@ -50,7 +48,7 @@ class EconomicsPlan:
     cost
         Document of `mithridate cost --json`; ``None`` models the methods by their passes.
     runs
-        Run folders of one method, one per seed.
+        Run folders of one method, one per seed, or batteries.
     parameters
         Of the model that everything is priced at.
     constants
@@ -115,7 +113,7 @@ def run_economics(plan: EconomicsPlan) -> dict[str, Any]:
     """
     constants = read_constants(plan.constants)
     measured, not_timed = _read_costs(plan.cost) if plan.cost else ({}, {})
-    runs = [read_measured(path, threshold=plan.threshold) for path in plan.runs]
+    runs = [run for path in plan.runs for run in read_measured(path, threshold=plan.threshold)]
     names = {run.method for run in runs}
     require(
         len(names) <= 1,
@@ -284,6 +282,7 @@ def _attacker(costs: AttackCosts, values: Values) -> dict[str, Any]:
         "base_realigned": costs.realigned,
         "sibling_edited": costs.edit,
         "pretraining": costs.pretraining,
+        **costs.shortcuts,
     }
     return {
         name: {"flops": flops, "dollars": dollars(flops, values)} for name, flops in bills.items()
@@ -337,19 +336,34 @@ def _read_costs(path: Path) -> tuple[dict[str, _Ratio], dict[str, str]]:
     require(isinstance(rows, dict) and bool(rows), f"{where}: holds no methods", mend)
     ratios, not_timed = {}, {}
     for name, row in rows.items():
+        at = f"{where}: methods.{name}"
+        if not isinstance(row, dict):
+            raise InputError(f"{row!r} is no measured cost", where=at, mend=mend)
         if "not_timed" in row:
             not_timed[name] = str(row["not_timed"])
             continue
-        value = row.get("clock_ratio")
-        low, high = row.get("clock_ratio_interval") or (value, value)
-        if not all(isinstance(one, int | float) and one > 0 for one in (value, low, high)):
+        value: Any = row.get("clock_ratio")
+        interval = row.get("clock_ratio_interval") or [value, value]
+        if not _above_zero(value):
+            raise InputError(f"clock_ratio is {value!r}, not a number above 0", where=at, mend=mend)
+        if not (
+            isinstance(interval, list)
+            and len(interval) == 2
+            and all(map(_above_zero, interval))
+            and interval[0] <= interval[1]
+        ):
             raise InputError(
-                f"clock_ratio is {value!r}, not a number above 0",
-                where=f"{where}: methods.{name}",
+                f"clock_ratio_interval is {interval!r}, not two numbers above 0, the lower first",
+                where=at,
                 mend=mend,
             )
+        low, high = interval
         ratios[name] = _Ratio(value=float(value), low=float(low), high=float(high))
     return ratios, not_timed
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf
 
 
 def _describe(run: MeasuredRun) -> dict[str, Any]:
@@ -358,12 +372,16 @@ def _describe(run: MeasuredRun) -> dict[str, Any]:
 
     return {
         "path": str(run.path),
+        "kind": "battery" if run.battery else "run",
+        "seed": run.seed,
         "method": run.method,
         "testbed": run.testbed,
         "threshold": run.threshold,
         "undefended": broken(run.undefended),
         "immunised": broken(run.immunised),
         "base": broken(run.base),
+        "shortcuts": {name: broken(one) for name, one in run.shortcuts.items()},
+        "failed": run.failed,
         "utility_before": {"undefended": run.utility[0], "immunised": run.utility[1]},
         "dead_on_arrival": run.utility[1] < _DEAD * run.utility[0],
         "false_fire": run.fires,

@@ -22,6 +22,13 @@ from mithridate.errors import InputError
 Draws = NDArray[np.float64]
 """One number per draw."""
 
+_DIVISORS = frozenset(
+    {"gpu.flops_bf16", "gpu.mfu_train", "gpu.decode_efficiency", "immunise.rows",
+     "immunise.tokens_per_row", "immunise.epochs", "moderation.characters_per_record",
+     "attack.tokens_per_row"}
+)  # fmt: skip
+"""What something is divided by: 0 gives no number."""
+
 _WITHIN = 1.959963984540054  # standard deviations on each side that hold 95 % of the draws
 
 
@@ -171,6 +178,9 @@ def read_constants(path: Path | None = None) -> Constants:
             table[key] = from_mapping(Constant, {**asdict(table[key]), **change}, where=key)
         except InputError as error:
             faults.append(f"{key}: {error.what}")
+        else:
+            if key in _DIVISORS and table[key].value == 0:
+                faults.append(f"{key}: the value 0 is divided by, give more than 0")
     if faults:
         raise InputError(
             "; ".join(faults),

@@ -37,6 +37,7 @@ def _of_attacks(document: Mapping[str, Any]) -> list[str]:
         f"({_usd(attacker['undefended']['dollars'])}). What is left rests on finding and handling "
         "the base, not on compute."
     )
+    said += _of_shortcuts(document)
     if not any(run["base"] for run in runs):
         said.append(
             "No run attacked the base model: it is counted as harmful for nothing, because it was "
@@ -56,13 +57,15 @@ def _of_attacks(document: Mapping[str, Any]) -> list[str]:
     elif broken:
         steps = max(run["immunised"]["steps"] for run in broken)
         said.append(
-            f"Nothing public: the immunised model broke within {steps} steps in {len(broken)} of "
-            f"{len(runs)} runs; index {_number(none['index_at_least'])}."
+            f"Nothing public: the immunised model broke within {show(steps)} steps in "
+            f"{len(broken)} of {len(runs)} runs; index {_number(none['index_at_least'])}."
         )
     if len(broken) < len(runs):
         longest = max(run["immunised"]["steps"] for run in runs if run["immunised"]["held"])
+        trained = any("immunised_edited" in run["shortcuts"] for run in runs)
         said.append(
-            f"Nothing public: it held for {longest} steps at the attacks that were run in "
+            f"Nothing public: it held for {show(longest)} steps at the attacks "
+            f"{'by training ' * trained}that were run in "
             f"{len(runs) - len(broken)} of {len(runs)} runs. That is a lower bound (index at least "
             f"{_number(none['index_at_least'])}); nothing beyond those steps, and no other attack, "
             "was paid for."
@@ -81,6 +84,33 @@ def _of_attacks(document: Mapping[str, Any]) -> list[str]:
         said.append(
             "No run measured benign fine-tuning: the false-fire rate is the constant "
             "fine_tune.false_fire_rate."
+        )
+    return said
+
+
+def _of_shortcuts(document: Mapping[str, Any]) -> list[str]:
+    """Say which edits break the immunised model, and what they need."""
+    said, runs = [], document["runs"]
+    for kind, public, how in (
+        ("merged", "base", "Base model public: {} by putting it together with the base model"),
+        ("edited", "none", "Nothing public: {} by editing its weights"),
+    ):
+        name = f"immunised_{kind}"
+        found = [run["shortcuts"][name] for run in runs if name in run["shortcuts"]]
+        if not found:
+            continue
+        by = ", ".join(sorted({one["by"] for one in found}))
+        broke = f"{by} broke the immunised model in {len(found)} of {len(runs)} runs"
+        untrained = all(one["steps"] == 0 for one in found)
+        said.append(
+            f"{how.format(broke)}{', without any training' if untrained else ''}, for "
+            f"{_usd(document['attacker'][name]['dollars'])}; index "
+            f"{_number(document['asymmetry'][public]['index_at_least'])}."
+        )
+    failed = sum({run["path"]: run["failed"] for run in runs}.values())
+    if failed:
+        said.append(
+            f"Runs of the battery's attacks that failed: {failed}; nothing here is about them."
         )
     return said
 
@@ -126,7 +156,14 @@ def caveats(document: Mapping[str, Any]) -> list[str]:
             f"Steps measured on small models are priced at {document['parameters']:.3g} "
             "parameters: that they carry over is an assumption."
         )
-        costless = {run["method"] for run in document["runs"]} - set(document["alignment"])
+        if any(run["kind"] == "battery" for run in document["runs"]):
+            said.append(
+                "A battery's FLOPs are its own, counted in steps of its plain fine-tuning; an edit "
+                "or a merge costs attack.edit_forwards forward passes besides. Its seeds are the "
+                "attacker's: no interval is over immunisations."
+            )
+        methods = {run["method"] or "this defence" for run in document["runs"]}
+        costless = methods - set(document["alignment"])
         if costless:
             said.append(
                 f"What {', '.join(sorted(costless))} costs is not known, so there is no leverage: "
