@@ -157,6 +157,27 @@ def test_sft_costs_what_sft_costs() -> None:
     assert found["pairs"] == 3
 
 
+def test_a_method_whose_steps_change_along_a_run_is_timed_in_all_of_its_phases() -> None:
+    sft = METHODS.load("sft")
+    seen: list[tuple[int, int]] = []
+
+    class Watched(sft):  # type: ignore[misc, valid-type]
+        def step(self, context: RunContext) -> dict[str, float]:
+            seen.append((context.step, context.total_steps))
+            return super().step(context)  # type: ignore[no-any-return]
+
+    measure_costs(
+        tiny_llama(dtype=torch.float32), tiny_tokenizer(), tiny_examples(),
+        {"watched": Watched(sft.config_class(batch_size=ROWS))}, TrainingConfig(steps=200),
+        rows=ROWS, warmup=3, rounds=5, seconds=60.0,
+    )  # fmt: skip
+    assert seen == [(step, 8) for step in range(8)]
+    # TokenBuncher's noise begins after an eighth of the run: within what is timed.
+    noisy = [METHODS.load("tokenbuncher").adds_noise(method("tokenbuncher"), *one) for one in seen]
+    assert any(noisy[3:])
+    assert not all(noisy[3:])
+
+
 def test_time_is_bounded_but_three_pairs_are_timed() -> None:
     assert measured("sft", pairs=20, seconds=0)["pairs"] == 3
 

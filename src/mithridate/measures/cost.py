@@ -163,7 +163,7 @@ def measure_costs(
     with tempfile.TemporaryDirectory(prefix="mithridate-cost-") as scratch:
         meter = _Meter(
             model,
-            lambda: _context(model, chat, examples, config, Path(scratch)),
+            lambda: _context(model, chat, examples, config, warmup + rounds, Path(scratch)),
             _plain_sft(rows, examples),
             config,
         )
@@ -422,6 +422,7 @@ def _context(
     chat: ChatFormat,
     examples: Mapping[str, list[Example]],
     config: TrainingConfig,
+    steps: int,
     scratch: Path,
 ) -> RunContext:
     samplers = {
@@ -439,7 +440,8 @@ def _context(
             model, micro_batch_size=config.micro_batch_size, autocast=config.autocast
         ),
         draw=lambda stream, count: samplers[stream].draw(count),
-        total_steps=config.steps,
+        # A method whose steps change along a run goes through all kinds of them.
+        total_steps=steps,
         seed=config.seed,
         chat=chat,
         examples=dict(examples),
