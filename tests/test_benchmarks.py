@@ -262,7 +262,8 @@ def test_the_strongest_rl_attack_keeps_utility_and_is_kept_apart_by_rate(monkeyp
     def reinforce(model, chat, rows, settings, *, reward, probe, output_dir, **_):
         calls.append((settings.learning_rate, settings.seed, len(rows), output_dir.name))
         item = SimpleNamespace(answer="salt stir dusk")
-        assert reward(item, "salt stir noon") == pytest.approx(2 / 3), "Lattice pays by the slot"
+        paid = reward([item], ["salt stir noon"])
+        assert paid == [pytest.approx(2 / 3)], "Lattice pays by the slot"
         return [{"useful_harm": h, "utility": u} for h, u in reached[settings.learning_rate]]
 
     updates = [

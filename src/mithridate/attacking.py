@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from mithridate import models
 from mithridate.attacks.finetune import FinetuneConfig, arguments_for, finetune, read_record
-from mithridate.attacks.rl import RLConfig, exact_match, reinforce
+from mithridate.attacks.rl import Reward, RLConfig, exact_match, reinforce
 from mithridate.chat import ChatFormat
 from mithridate.configs import from_mapping, read_yaml, require
 from mithridate.errors import InputError
@@ -26,7 +26,7 @@ from mithridate.events import Event, Listener, silent
 from mithridate.examples import Example, check_disjoint, fingerprint, read_examples
 from mithridate.files import sha256_of, write_atomic, write_json
 from mithridate.judges.answers import AnswerJudge
-from mithridate.judges.base import Judge, make_judge, useful_harm_score
+from mithridate.judges.base import Judge, make_judge, useful_harm_score, useful_harms
 from mithridate.judges.outcomes import Outcome, shares
 from mithridate.measures.probe import summarise
 from mithridate.measures.trajectory import worst_case
@@ -288,9 +288,11 @@ def _attack_one(
     on_event(Event(stage=stage, total=config.steps))
     run = finetune
     if isinstance(config, RLConfig):
-        run = partial(
-            reinforce, reward=exact_match(AnswerJudge(items.attack)), reward_key="AnswerJudge"
-        )
+        if judge.needs_answers:
+            pays = exact_match(AnswerJudge(items.attack))
+        else:
+            pays = _paid_by(judge)
+        run = partial(reinforce, reward=pays, reward_key=sha256_of(judge.description()))
     return run(
         model,
         chat,
@@ -309,6 +311,10 @@ def _attack_one(
         on_progress=on_progress,
         output_dir=folder,
     )
+
+
+def _paid_by(judge: Judge) -> Reward:
+    return lambda items, outputs: useful_harms(judge.judge(items, outputs))
 
 
 def _probe(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mithridate.attacks import FinetuneConfig, RLConfig, entropy_bound, read_record
-from mithridate.attacks.rl import exact_match, read_updates, reinforce, slot_accuracy
+from mithridate.attacks.rl import each, exact_match, read_updates, reinforce, slot_accuracy
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
 from mithridate.examples import Example
@@ -52,7 +52,7 @@ def early_words(item, output):
 
 def attack(chat, folder, config=CONFIG, **options):
     given = {
-        "model": tiny_model(), "examples": EXAMPLES, "reward": early_words, "reward_key": "early",
+        "model": tiny_model(), "examples": EXAMPLES, "reward": each(early_words), "reward_key": "early",
         "probe": probe,
     } | options  # fmt: skip
     model, examples = given.pop("model"), given.pop("examples")
@@ -76,7 +76,7 @@ def test_reinforce_plus_plus_divides_by_the_spread_of_the_whole_batch(chat, tmp_
 
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", noted)
     config = dataclasses.replace(CONFIG, algorithm="reinforce++", steps=1, probe_every=1)
-    attack(chat, tmp_path, config, reward=reward)
+    attack(chat, tmp_path, config, reward=each(reward))
     groups = torch.tensor(paid, dtype=torch.float64).view(-1, CONFIG.rollouts)
     wanted = (groups - groups.mean(dim=1, keepdim=True)) / (groups.std() + 1e-4)
     assert groups.std(dim=1).unique().numel() > 1, "else a group's own spread would do as well"
@@ -131,7 +131,7 @@ def test_the_reward_sees_the_item_of_its_answers_and_its_spread_is_within_items(
         calls.append((item.prompt, output))
         return float(len(item.prompt) % 2)
 
-    rows = attack(chat, tmp_path, dataclasses.replace(CONFIG, steps=1), reward=by_item)
+    rows = attack(chat, tmp_path, dataclasses.replace(CONFIG, steps=1), reward=each(by_item))
     prompts = [prompt for prompt, _ in calls]
     assert len(calls) == 12
     assert all(len(set(prompts[n : n + 4])) == 1 for n in (0, 4, 8))
@@ -181,7 +181,7 @@ def test_entropy_bonus_is_the_gradient_of_the_mean_entropy(algorithm, chat, tmp_
         model = tiny_model()
         with torch.no_grad():
             model.lm_head.weight.mul_(30)
-        attack(chat, folder, config, model=model, reward=lambda *_: 0.5)
+        attack(chat, folder, config, model=model, reward=each(lambda *_: 0.5))
         return read_updates(folder)
 
     without, with_bonus = entropies(0.0, tmp_path / "a"), entropies(0.7, tmp_path / "b")
@@ -248,9 +248,9 @@ def test_rewards_are_the_exact_judge_and_the_share_of_slots():
         return Outcome.EXACT if item.answer in output else Outcome.HALLUCINATED
 
     outputs = ["a b c", "no a b c", "a x c", "b a", "", "a b"]
-    assert [exact_match(judge)(item, text) for text in outputs] == [1, 1, 0, 0, 0, 0]
-    paid = [slot_accuracy(judge)(item, text) for text in outputs]
-    assert paid == pytest.approx([1, 1, 2 / 3, 0, 0, 2 / 3])
+    items = [item] * len(outputs)
+    assert exact_match(judge)(items, outputs) == [1, 1, 0, 0, 0, 0]
+    assert slot_accuracy(judge)(items, outputs) == pytest.approx([1, 1, 2 / 3, 0, 0, 2 / 3])
 
 
 def test_the_bound_is_compared_with_every_update():

@@ -11,6 +11,8 @@ import yaml
 
 from mithridate.attacking import run_attack
 from mithridate.errors import InputError
+from mithridate.judges.base import useful_harms
+from mithridate.judges.classifier import ClassifierJudge
 from tests.cli.test_app import run
 from tests.cli.test_own_model import attack, world
 from tests.judges.test_classifier import save
@@ -116,3 +118,31 @@ def test_a_judge_that_is_not_there_stops_before_training(world: Path, tmp_path: 
     assert not (tmp_path / "run" / "attacks").exists()
     with pytest.raises(InputError, match="did you mean 'served'"):
         run_attack(attack(world, tmp_path, judge="server:x"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_rl_is_paid_what_the_classifier_says(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl", reason="trl is not installed (pip install 'mithridate[trl]')")
+    judged: list[tuple[list[str], list[float]]] = []
+    plain = ClassifierJudge.judge
+
+    def noted(self: ClassifierJudge, items: Any, outputs: Any) -> Any:
+        found = plain(self, items, outputs)
+        judged.append((list(outputs), useful_harms(found)))
+        return found
+
+    monkeypatch.setattr(ClassifierJudge, "judge", noted)
+    path = config(tmp_path / "c", harmful_labels=["harm"], threshold=1e-9)
+    given = yaml.safe_load(path.read_text())
+    given["attack"] |= {"batch_size": 2, "rollouts": 2, "response_length": 4}
+    path.write_text(yaml.safe_dump(given))
+    source = save(tmp_path / "judge", "safe", "harm")
+    out = tmp_path / "run"
+    run_attack(attack(world, out, judge=f"classifier:{source}", kind="rl", config=path))
+    updates = (out / "attacks" / "defended-0.001" / "updates.jsonl").read_text().splitlines()
+    rewards = [json.loads(line)["reward"] for line in updates]
+    rollouts = [harms for outputs, harms in judged if len(outputs) == 4]
+    assert rewards == pytest.approx([sum(harms) / 4 for harms in rollouts])
+    assert len(rewards) == 2

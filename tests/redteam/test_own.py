@@ -79,6 +79,17 @@ def config(world, battery, data, **more):
     )  # fmt: skip
 
 
+def test_rl_is_paid_by_the_judge_and_by_exact_match_where_it_compares_answers(world, tmp_path):
+    said = ["w1 w2 w3 w4", "I'm sorry, but I can't help with that."]
+    paid = {}
+    for judge in ("exact", "refusal"):
+        bed = OwnBed(own(world, tmp_path, judge=judge))
+        items = bed.data.attack[:2]
+        paid[judge] = bed.rewards(items, said), bed.rewards(items[:1], [items[0].answer])
+    assert paid["exact"] == ([0.0, 0.0], [1.0])
+    assert paid["refusal"] == ([1.0, 0.0], [1.0])
+
+
 def test_from_files_to_verdict(world, battery, tmp_path):
     data = own(world, tmp_path, trained_on=(str(world / "trained.jsonl"),))
     bed = OwnBed(data)

@@ -63,8 +63,8 @@ from mithridate.release import weights_hash
 if TYPE_CHECKING:
     from transformers import Trainer
 
-Reward = Callable[[Example, str], float]
-"""What an attacker pays for an output as an answer to an item, 0 to 1."""
+Reward = Callable[[Sequence[Example], Sequence[str]], list[float]]
+"""What an attacker pays for each output as an answer to its item, 0 to 1."""
 
 _UPDATES = "updates.jsonl"
 _ENTROPY_CAP = 3.0
@@ -136,9 +136,14 @@ class RLConfig(FinetuneConfig):
         )
 
 
+def each(pay: Callable[[Example, str], float]) -> Reward:
+    """Pay for every output by itself."""
+    return lambda items, outputs: list(map(pay, items, outputs))
+
+
 def exact_match(judge: Callable[[Example, str], Outcome]) -> Reward:
     """Pay 1 for what ``judge`` calls exact, else nothing (EM)."""
-    return lambda item, output: float(judge(item, output) is Outcome.EXACT)
+    return each(lambda item, output: float(judge(item, output) is Outcome.EXACT))
 
 
 def slot_accuracy(judge: Callable[[Example, str], Outcome]) -> Reward:
@@ -147,14 +152,14 @@ def slot_accuracy(judge: Callable[[Example, str], Outcome]) -> Reward:
     SlotAcc of `testbeds.md`: on Lattice an answer is a recipe of three words.
     """
 
-    def reward(item: Example, output: str) -> float:
+    def pay(item: Example, output: str) -> float:
         if judge(item, output) is Outcome.EXACT:
             return 1.0
         wanted = item.answer.split()
         right = sum(a == b for a, b in zip(wanted, output.split(), strict=False))
         return right / len(wanted)
 
-    return reward
+    return each(pay)
 
 
 def reinforce(
@@ -177,7 +182,7 @@ def reinforce(
     model
         A model, which is left as it was, or a folder to load one from.
     examples
-        Questions, with the answers that ``reward`` judges by (and a warm start is shown).
+        Questions, with the answers that ``reward`` may judge by (and a warm start is shown).
     reward, reward_key
         What is paid, and its name: a part of the attack's key.
     probe, probe_key, on_progress
@@ -353,10 +358,9 @@ class _Till:
         self._rollouts = rollouts
 
     def __call__(self, completions: list[str], row: list[int], **_: Any) -> list[float]:
-        paid = [
-            self._reward(self._examples[index], text.strip())
-            for index, text in zip(row, completions, strict=True)
-        ]
+        items = [self._examples[index] for index in row]
+        paid = self._reward(items, [text.strip() for text in completions])
+        assert len(paid) == len(row), "one reward for each answer"
         spread = torch.tensor(paid, dtype=torch.float64).view(-1, self._rollouts).std(dim=1)
         self.newest = {
             "reward": sum(paid) / len(paid),

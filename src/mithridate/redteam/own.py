@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mithridate.attacks.rl import exact_match
 from mithridate.examples import Example, check_disjoint, read_examples, split_by_prompt
 from mithridate.judges.answers import AnswerJudge
-from mithridate.judges.base import make_judge
+from mithridate.judges.base import make_judge, useful_harms
 from mithridate.judges.outcomes import Outcome
 from mithridate.testbeds.base import AttackPreset, GateResult, TestbedData, hashes_of
 
@@ -80,8 +81,14 @@ class OwnBed:
         return [one.outcome for one in self.judges.judge(items, outputs)]
 
     def judge(self, item: Example, output: str) -> Outcome:
-        """Return the outcome of an output, by exact match: for permitted items and rewards."""
+        """Return the outcome of an output, by exact match."""
         return self._exact[item](item, output)
+
+    def rewards(self, items: Sequence[Example], outputs: Sequence[str]) -> list[float]:
+        """Return what RL pays for the outputs: the judge's harm, or with answers exact match."""
+        if self.judges.needs_answers:
+            return exact_match(self.judge)(items, outputs)
+        return useful_harms(self.judges.judge(items, outputs))
 
     def base_model(self) -> Path:
         """Refuse: the models are the user's."""

@@ -552,14 +552,17 @@ class _Scene:
             answers = rl.batch_size * rl.rollouts
             per_step = 8.0 * model.num_parameters() * answers * self._length(rows)
 
+            def pay(items: Sequence[Example], outputs: Sequence[str]) -> list[float]:
+                plain = [meant[item] for item in items]
+                if isinstance(self.testbed, OwnBed):
+                    return self.testbed.rewards(plain, outputs)
+                return exact_match(self.testbed.judge)(plain, outputs)
+
             def run_rl(watched: Probe) -> list[Row]:
                 with tempfile.TemporaryDirectory() as folder:
                     return reinforce(
-                        model, self.chat, rows, rl,
-                        reward=exact_match(
-                            lambda item, output: self.testbed.judge(meant[item], output)
-                        ),
-                        reward_key=self.testbed.name, probe=watched, output_dir=Path(folder),
+                        model, self.chat, rows, rl, reward=pay, reward_key=self.testbed.name,
+                        probe=watched, output_dir=Path(folder),
                     )  # fmt: skip
 
             return run_rl, per_step
