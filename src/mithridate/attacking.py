@@ -288,10 +288,7 @@ def _attack_one(
     on_event(Event(stage=stage, total=config.steps))
     run = finetune
     if isinstance(config, RLConfig):
-        if judge.needs_answers:
-            pays = exact_match(AnswerJudge(items.attack))
-        else:
-            pays = _paid_by(judge)
+        pays = exact_match(AnswerJudge(items.attack)) if judge.needs_answers else _paid_by(judge)
         run = partial(reinforce, reward=pays, reward_key=sha256_of(judge.description()))
     return run(
         model,

@@ -52,8 +52,8 @@ def early_words(item, output):
 
 def attack(chat, folder, config=CONFIG, **options):
     given = {
-        "model": tiny_model(), "examples": EXAMPLES, "reward": each(early_words), "reward_key": "early",
-        "probe": probe,
+        "model": tiny_model(), "examples": EXAMPLES, "reward": each(early_words),
+        "reward_key": "early", "probe": probe,
     } | options  # fmt: skip
     model, examples = given.pop("model"), given.pop("examples")
     return reinforce(model, chat, examples, config, output_dir=folder, **given)
