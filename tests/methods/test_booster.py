@@ -277,6 +277,7 @@ def test_a_missing_stream_is_refused_before_work(tmp_path):
         ({"harmful_rows": 0}, "harmful_rows: 0"),
         ({"lookahead_radius": 0.0}, "lookahead_radius: 0.0"),
         ({"lookahead": "raw", "lookahead_direction": "sign"}, "no raw form"),
+        ({"lookahead": "raw", "lookahead_radius": "auto"}, "a measured travel is no factor"),
         ({"gradient": "exact", "lookahead_direction": "adam"}, "not worked out"),
     ],
 )

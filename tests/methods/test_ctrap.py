@@ -13,6 +13,7 @@ from mithridate.errors import InactiveTermError, InputError
 from mithridate.examples import Example
 from mithridate.methods import ctrap, lookahead
 from mithridate.methods.base import join
+from mithridate.methods.booster import Booster, BoosterConfig
 from mithridate.methods.ctrap import CTRAP, CTRAPConfig, collapse_token
 from mithridate.methods.lookahead import LookAhead
 from mithridate.methods.sft import SFT, SFTConfig
@@ -338,6 +339,21 @@ def test_the_released_radius_is_for_adapters_only():
     assert CTRAP(CTRAPConfig()).prepare(tiny_context(tiny_model(FULL)))["radius_low"] != 0.1
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        CTRAP(CTRAPConfig(lookahead="raw")),
+        Booster(BoosterConfig(lookahead="raw")),
+    ],
+)
+def test_a_raw_look_ahead_never_takes_a_measured_radius(method):
+    context = tiny_context(tiny_model(FULL))
+    with pytest.raises(InputError, match="give lookahead_radius a number"):
+        method.prepare(context)
+    assert not context.oracle.backwards
+    assert method.prepare(tiny_context(tiny_model(LORA)))["radius_low"] == 0.1
+
+
 def test_leaving_the_descent_range_is_said():
     method = method_for(lookahead_radius=200.0)
     with pytest.warns(UserWarning, match="left the descent range"):
@@ -369,7 +385,7 @@ def test_the_collapse_token_rule():
     context = tiny_context(tiny_llama())
     assert collapse_token(context) == ERROR
     context.examples["general"].append(Example(prompt="w1", answer="error w3"))
-    with pytest.raises(InputError, match=r"% of the answers' tokens[\s\S]*collapse_token|collapse"):
+    with pytest.raises(InputError, match=r"^collapse_token: .* is \d+\.\d\d% of the answers"):
         collapse_token(context)
     assert collapse_token(context, rare=False) == ERROR
     assert CTRAP(CTRAPConfig(collapse_token=9, lookahead_radius=1.0)).prepare(context) == {
@@ -383,13 +399,15 @@ def test_a_special_last_piece_asks_for_a_token():
     context = tiny_context(tiny_llama())
     # A tokenizer without the word gives the unknown token, which is special.
     context.chat.tokenizer = tiny_tokenizer(WORDS[:-1])
-    with pytest.raises(InputError, match="special token"):
+    with pytest.raises(InputError, match=r"^collapse_token: .* is a special token"):
         collapse_token(context)
 
 
 def test_released_sets_everything_and_warns():
-    with pytest.warns(UserWarning, match="reproduction only"):
+    with pytest.warns(UserWarning, match="reproduction only: it replaces collapse_weight 5.0$"):
         method = CTRAP(CTRAPConfig(variant="released", collapse_weight=5.0))
+    with pytest.warns(UserWarning, match="reproduction only$"):
+        CTRAP(CTRAPConfig(variant="released", lookahead_radius=0.1))
     assert method.config.collapse_on == "retain"
     assert method.config.collapse_weight == 0.1
     assert method.streams == ("harmful", "refusal", "general")
@@ -430,6 +448,8 @@ def test_a_step_without_preparation_stops_the_run():
         ({"lookahead_radius": {"low": 2.0, "high": 1.0}}, "0 < low <= high"),
         ({"lookahead_radius": {"low": 2.0}}, "0 < low <= high"),
         ({"lookahead": "raw", "lookahead_direction": "sign"}, "no raw form"),
+        ({"lookahead": "raw", "lookahead_radius": "auto"}, "a measured travel is no factor"),
+        ({"collapse_target": "uniform", "collapse_token": 9}, "goes with collapse_target: token"),
         ({"gradient": "exact", "lookahead_direction": "adam"}, "not worked out"),
         ({"lookahead_direction": "random"}, "lookahead_direction"),
     ],

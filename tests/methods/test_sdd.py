@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mithridate.chat import ChatFormat
 from mithridate.embeddings import load_encoder, tfidf
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.examples import Example
@@ -21,6 +22,7 @@ from tests.tiny import (
     tiny_examples,
     tiny_llama,
     tiny_model,
+    tiny_tokenizer,
     weights_of,
 )
 
@@ -132,6 +134,26 @@ def test_labels_are_the_irrelevant_answer_and_its_end():
     for row, labels in zip(rows, seen[0].labels, strict=True):
         answer = "w41 " + context.examples["general"][method.pairs[row].answer].answer
         assert labels[labels != -100].tolist() == context.chat.answer_ids(answer)
+
+
+def test_rows_keep_to_the_shorter_of_the_run_s_bound_and_their_own():
+    for bound, own in ((8, 512), (512, 8)):
+        context = tiny_context(tiny_llama())
+        context.chat = ChatFormat(tiny_tokenizer(), max_length=bound)
+        method, seen = SDD(replace(QUICK, batch_size=20, max_length=own)), []
+        method.prepare(context)
+        context.oracle.accumulate = lambda loss, batch, purpose, seen=seen: (
+            seen.append(batch) or 1.0
+        )
+        method.step(context)
+        assert seen[0].input_ids.shape == (20, 8)
+
+
+def test_an_answer_beyond_the_run_s_bound_is_refused_before_training():
+    context = tiny_context(tiny_llama())
+    context.chat = ChatFormat(tiny_tokenizer(), max_length=2)
+    with pytest.raises(InputError, match="does not fit in max_length 2"):
+        SDD(QUICK).prepare(context)
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "bad \ud800 half"])

@@ -403,6 +403,23 @@ def test_auto_is_exact_under_autocast_and_finite_without(space):
     assert relative_error(forced, plain) < 1e-6
 
 
+def test_exact_products_need_no_step_and_no_check_of_differences(space, monkeypatch):
+    monkeypatch.setattr(coupling, "fidelity", None)
+    model = tiny_model(space, dtype=torch.float32)
+    context = tiny_context(model)
+    method = method_for(hvp="exact")
+    assert set(method.prepare(context)) == {"cosine"}
+    assert context.oracle.backwards == 2
+    assert method.step(context)["cosine"] != 0
+
+
+def test_auto_costs_what_finite_does_until_it_is_prepared():
+    method = method_for(hvp="auto")
+    assert method.parameter_buffers == method_for(hvp="finite").parameter_buffers == 2
+    method.prepare(tiny_context(tiny_llama(dtype=torch.float32), autocast=True))
+    assert method.parameter_buffers == method_for(hvp="exact").parameter_buffers == 3
+
+
 def test_void_differences_stop_the_run(monkeypatch):
     def rounded(network, piece):
         with torch.autocast("cpu", torch.bfloat16):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.func import functional_call
 from mithridate.chat import IGNORE
 from mithridate.configs import from_mapping
 from mithridate.errors import InactiveTermError, InputError
+from mithridate.examples import Example
 from mithridate.immunisation import ImmunisationPlan, run_immunisation
 from mithridate.methods.adapter import Adapter, adaptable
 from mithridate.methods.adversaries import Adversary
@@ -365,6 +367,63 @@ def test_held_out_rows_are_not_trained_on(monkeypatch, held_out):
         splits.add(tuple(sorted(row.prompt for row in held[0])))
         assert [len(rows) for rows in seen] == [4] * 6
     assert len(splits) > 1
+
+
+def by_category(**counts):
+    return [
+        Example(prompt=f"w{n % 40} w{n // 40}", answer="w1", category=name)
+        for name, count in counts.items()
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_a_small_category_is_both_attacked_and_held_out(monkeypatch, balanced):
+    context = tiny_context(tiny_llama())
+    context.examples |= {name: by_category(big=54, small=6) for name in ("harmful", "benign")}
+    context.balanced = frozenset({"harmful", "benign"} if balanced else ())
+    seen = rows_seen(context, monkeypatch)
+    kind = SGD | {"first": "benign"}
+    method = method_for(inner_steps=32, evaluate_every=16, adversaries=(kind,))
+    attacked, held = Counter(), Counter()
+    for step in range(4):
+        seen.clear()
+        context.step = step
+        method.step(context)
+        # After every sixteenth batch of the attack comes one of the held-out rows.
+        held.update(row.category for rows in (seen.pop(16), seen.pop(32)) for row in rows)
+        attacked.update(row.category for rows in seen for row in rows)
+    assert attacked.total() == 4 * 32 * 4
+    assert held.total() == 4 * 2 * 4
+    if balanced:
+        assert attacked["small"] == attacked["big"]
+        assert held["small"] == held["big"]
+    else:
+        assert attacked["small"] / attacked.total() == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"big": 54, "small": 6}, {"big": 13, "small": 1}),
+        ({"big": 8, "two": 2, "one": 1}, {"big": 2, "two": 1}),
+    ],
+)
+def test_a_quarter_of_every_category_is_held_out_and_a_row_is_left(counts, expected):
+    context = tiny_context(tiny_llama())
+    context.examples["harmful"] = by_category(**counts)
+    trained, held_out = method_for()._split(context)
+    assert Counter(row.category for row in held_out) == expected
+    assert Counter(row.category for row in trained) == Counter(counts) - Counter(expected)
+
+
+def test_rows_without_a_category_or_each_of_its_own_are_split_as_one():
+    context = tiny_context(tiny_llama())
+    for rows in (by_category(**{"": 9}), by_category(**{f"c{n}": 1 for n in range(9)})):
+        context.examples["harmful"] = rows
+        trained, held_out = method_for()._split(context)
+        order = context.random("held-out split").sample(rows, 9)
+        assert (held_out, trained) == (order[:2], order[2:])
 
 
 def test_a_switching_adversary_turns_from_benign_to_harmful_rows_once(monkeypatch):

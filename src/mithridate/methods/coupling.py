@@ -53,7 +53,7 @@ class Coupling:
         return 2 if self.hvp in ("auto", "finite") else 4
 
     def prepare(self, context: RunContext, a: Batch, b: Batch) -> dict[str, float]:
-        """Check the products before anything depends on them (F1), and choose ``epsilon``."""
+        """Check differences before anything depends on them (F1), and choose ``epsilon``."""
         oracle = context.oracle
         if self.hvp == "auto":
             self.hvp = "exact" if oracle.autocast else "finite"
@@ -61,6 +61,8 @@ class Coupling:
             g_a, _ = oracle.gradient(answer_cross_entropy, a, purpose="fidelity")
             g_b, _ = oracle.gradient(answer_cross_entropy, b, purpose="fidelity")
         angle = Angle.between(g_a, g_b)
+        if self.hvp == "exact":
+            return {"cosine": angle.cosine}  # no difference: no step to choose, nothing to check
         angle.turn_(g_a, g_b)
         del g_b  # the check holds several buffers of its own
         check = fidelity(
@@ -70,7 +72,7 @@ class Coupling:
             [(1.0, g_a)],
             steps=STEPS if self.epsilon == "auto" else (self.epsilon,),
             central=self.hvp == "central",
-            exact=self.hvp == "exact" or context.space.count <= _TOO_MANY_FOR_EXACT,
+            exact=context.space.count <= _TOO_MANY_FOR_EXACT,
         )
         self.epsilon = check.step
         if not check.passed:
@@ -110,9 +112,10 @@ class Coupling:
         if angle.sine < _AT_OPTIMUM:
             terms["coupling_at_optimum"] = 1.0
             return
-        if self.epsilon == "auto" or self.hvp == "auto":
+        epsilon = 0.0 if self.hvp == "exact" else self.epsilon
+        if epsilon == "auto" or self.hvp == "auto":
             raise InactiveTermError("the coupling was not checked: prepare() was not called")
-        length = self.epsilon * (angle.sine if self.fd_step == "released" else 1.0)
+        length = epsilon * (angle.sine if self.fd_step == "released" else 1.0)
         sides = [
             (batch, gradient, self.weight * angle.sine / size)
             for batch, gradient, size in ((a, g_a, angle.size_a), (b, g_b, angle.size_b))

@@ -120,6 +120,11 @@ class CTRAPConfig(MethodConfig):
             f"gradient 'exact' is not worked out for direction {self.lookahead_direction!r}",
             "use gradient: first_order (for sign it is exact)",
         )
+        require(
+            self.collapse_target == "token" or self.collapse_token is None,
+            "collapse_token goes with collapse_target: token, and only with it",
+            "use collapse_target: token, or leave collapse_token out",
+        )
         self.look_ahead()
 
     def look_ahead(self) -> LookAhead:
@@ -161,7 +166,14 @@ class CTRAP(Method):
 
     def __init__(self, config: CTRAPConfig) -> None:
         if config.variant == "released":
-            warnings.warn("CTRAP as released is for reproduction only", stacklevel=2)
+            default = CTRAPConfig()
+            replaced = [
+                f"{name} {given!r}"
+                for name, value in RELEASED.items()
+                if (given := getattr(config, name)) not in (value, getattr(default, name))
+            ]
+            lost = f": it replaces {', '.join(replaced)}" if replaced else ""
+            warnings.warn(f"CTRAP as released is for reproduction only{lost}", stacklevel=2)
             config = replace(config, **RELEASED)  # type: ignore[arg-type]
         self.config = config
         self.trapped = config.collapse_weight > 0

@@ -138,7 +138,7 @@ class LookAhead:
         Its L2 length: a number, ``{low, high}`` drawn log-uniformly each step, or ``auto``: the
         travel of 1 to 20 AdamW steps of the attack. ``None``: 0.1 for LoRA factors, else ``auto``.
     raw
-        The radius multiplies the gradient itself instead of its unit vector.
+        The radius, a number, multiplies the gradient itself instead of its unit vector.
     rows
         Harmful rows per batch.
     learning_rate, steps
@@ -165,6 +165,14 @@ class LookAhead:
             f"lookahead_direction {self.direction!r} has no raw form",
             "use lookahead: normalised",
         )
+        self._require_number(measured=self.radius == "auto")
+
+    def _require_number(self, *, measured: bool) -> None:
+        require(
+            not (self.raw and measured),
+            "the raw form multiplies the gradient itself: a measured travel is no factor",
+            "give lookahead_radius a number",
+        )
 
     @property
     def backwards(self) -> int:
@@ -187,6 +195,7 @@ class LookAhead:
         elif self.radius is None and all("lora_" in name for name in context.space.names):
             self._range = LORA_RADIUS, LORA_RADIUS
         else:
+            self._require_number(measured=True)
             self._range = attack_travel(context, learning_rate=self.learning_rate, rows=self.rows)
         return {"radius_low": self._range[0], "radius_high": self._range[1]}
 

@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
+from mithridate.chat import Encoded
 from mithridate.configs import Count, Limit
 from mithridate.embeddings import MINILM, load_encoder
 from mithridate.errors import InactiveTermError, InputError
@@ -64,7 +65,7 @@ class SDDConfig(MethodConfig):
     prefix
         Put before every answer (SDD_reject: a refusal sentence).
     max_length
-        Tokens per row.
+        Tokens per row, within the run's own bound.
     """
 
     batch_size: Count = 24
@@ -139,7 +140,7 @@ class SDD(Method):
     def __init__(self, config: SDDConfig) -> None:
         self.config = config
         self.pairs: list[Pair] = []
-        self._examples: list[Example] = []
+        self._rows: list[Encoded] = []
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -156,8 +157,13 @@ class SDD(Method):
         started = time.perf_counter()
         self.pairs = pair(prompts, answers, self.config, seed=context.seed)
         seconds = time.perf_counter() - started
-        self._examples = [
-            replace(prompts[p.prompt], answer=self.config.prefix + answers[p.answer].answer)
+        # The run's bound may be the model's positions: no row may be longer.
+        longest = min(self.config.max_length, context.chat.max_length or self.config.max_length)
+        self._rows = [
+            context.chat.encode(
+                replace(prompts[p.prompt], answer=self.config.prefix + answers[p.answer].answer),
+                max_length=longest,
+            )
             for p in self.pairs
         ]
         above = sum(p.cosine > self.config.threshold for p in self.pairs)
@@ -179,12 +185,10 @@ class SDD(Method):
         }
 
     def step(self, context: RunContext) -> dict[str, float]:
-        if not self._examples:
+        if not self._rows:
             raise InactiveTermError("SDD has no pairs: prepare() was not called")
-        rows = context.rows_of_step(len(self._examples), self.config.batch_size, "sdd")
-        batch = context.chat.batch(
-            [self._examples[row] for row in rows], max_length=self.config.max_length
-        )
+        rows = context.rows_of_step(len(self._rows), self.config.batch_size, "sdd")
+        batch = context.chat.collate([self._rows[row] for row in rows])
         return {
             "irrelevant": context.oracle.accumulate(
                 answer_cross_entropy, batch, purpose="irrelevant"

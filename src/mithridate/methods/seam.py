@@ -194,7 +194,9 @@ class SEAM(Method):
     @property
     def parameter_buffers(self) -> int:
         # Gradients that turn into the weights of a forward difference; other products add one.
-        return 2 + (self._coupling.hvp != "finite") + self.walks if self.coupled else 0
+        # Until it is prepared, auto counts as finite, as its passes do.
+        more = self._coupling.hvp not in ("auto", "finite")
+        return 2 + more + self.walks if self.coupled else 0
 
     @property
     def active_terms(self) -> tuple[str, ...]:
@@ -209,7 +211,7 @@ class SEAM(Method):
             self._unlearning.check(model)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
-        """Pair the streams where asked for, and check the Hessian-vector products (F1)."""
+        """Pair the streams where asked for, and check the differences of gradients (F1)."""
         if self.config.answer_mask == "difference":
             self._pairs = pair_by_prompt(context.examples["harmful"], context.examples["refusal"])
         if not self.coupled:

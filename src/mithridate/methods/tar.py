@@ -38,7 +38,7 @@ from torch.nn import functional
 from mithridate.chat import IGNORE, Batch
 from mithridate.configs import Count, Weight, from_mapping, require
 from mithridate.errors import InactiveTermError, InputError
-from mithridate.examples import Example
+from mithridate.examples import Example, evenly_by_category
 from mithridate.methods.adapter import adaptable
 from mithridate.methods.adversaries import Adversary, attack
 from mithridate.methods.base import Method, MethodConfig, RunContext
@@ -46,7 +46,7 @@ from mithridate.weights import Gradient, norm
 from mithridate.weights.losses import Loss, answer_cross_entropy, answer_logits, entropy, widen
 
 _HELD_OUT = 4
-"""One harmful row in this many is kept from the attack of an outer step."""
+"""One harmful row in this many of a category is kept from the attack of an outer step."""
 
 PLAIN: tuple[dict[str, Any], ...] = ({}, {"first": "benign"})
 LORA: dict[str, Any] = {"lora_rank": 8, "learning_rates": [2e-5, 2e-4, 4e-4]}
@@ -223,7 +223,12 @@ class TAR(Method):
         planned = space.take_gradient()
         kind = context.random("adversary").choice(self._kinds)
         trained, held_out = self._split(context)
-        evaluations = _epochs(held_out, config.batch_size, context.random("held-out rows"))
+        evaluations = _epochs(
+            held_out,
+            config.batch_size,
+            context.random("held-out rows"),
+            evenly="harmful" in context.balanced,
+        )
         rows = next(evaluations)
         with space.kept() as start:
             losses = attack(
@@ -261,10 +266,21 @@ class TAR(Method):
 
     def _split(self, context: RunContext) -> tuple[list[Example], list[Example]]:
         """Return the harmful rows that this outer step's attack trains on, and those held out."""
-        count = len(context.examples["harmful"])
-        rows = context.some("harmful", count, context.random("held-out split"))
-        held_out = max(1, count // _HELD_OUT)
-        return rows[held_out:], rows[:held_out]
+        rng = context.random("held-out split")
+        rows = context.examples["harmful"]
+        categories: dict[str, list[Example]] = {}
+        for row in rows:
+            categories.setdefault(row.category, []).append(row)
+        # Where no category has two rows, none can be on both sides.
+        several = len(categories) < len(rows)
+        trained: list[Example] = []
+        held_out: list[Example] = []
+        for part in categories.values() if several else [rows]:
+            order = rng.sample(part, len(part))
+            kept = min(max(1, len(part) // _HELD_OUT), len(part) - 1)
+            held_out += order[:kept]
+            trained += order[kept:]
+        return trained, held_out
 
     def _attack_batches(
         self, context: RunContext, kind: Adversary, harmful: list[Example]
@@ -272,8 +288,12 @@ class TAR(Method):
         steps, rows = self.config.inner_steps, self.config.adversary_rows
         rng = context.random("attack rows")
         switch = round(steps * rng.betavariate(6, 3)) if kind.first else 0
-        before = _epochs(context.examples[kind.first], rows, rng) if kind.first else iter(())
-        after = _epochs(harmful, rows, rng)
+        evenly = context.balanced
+        before: Iterator[list[Example]] = iter(())
+        if kind.first:
+            first = context.examples[kind.first]
+            before = _epochs(first, rows, rng, evenly=kind.first in evenly)
+        after = _epochs(harmful, rows, rng, evenly="harmful" in evenly)
         for step in range(steps):
             yield context.chat.batch(next(before if step < switch else after))
 
@@ -353,11 +373,17 @@ def _everywhere_negative_entropy(whole: Batch) -> Loss:
     return loss
 
 
-def _epochs(rows: list[Example], count: int, rng: Random) -> Iterator[list[Example]]:
-    """Yield ``count`` rows at a time, each epoch in an order of its own."""
+def _epochs(
+    rows: list[Example], count: int, rng: Random, *, evenly: bool
+) -> Iterator[list[Example]]:
+    """Yield ``count`` rows at a time, each epoch in an order of its own, or evenly by category."""
+    categories = [row.category for row in rows]
     waiting: list[Example] = []
     while True:
         while len(waiting) < count:
-            waiting += rng.sample(rows, len(rows))
+            if evenly:
+                waiting += [rows[index] for index in evenly_by_category(categories, rng)]
+            else:
+                waiting += rng.sample(rows, len(rows))
         yield waiting[:count]
         waiting = waiting[count:]
