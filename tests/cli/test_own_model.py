@@ -17,7 +17,7 @@ from mithridate.errors import InputError
 from mithridate.events import Event
 from mithridate.immunisation import ImmunisationPlan, run_immunisation
 from tests.cli.test_app import run
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,35 @@ def test_bad_configuration_is_refused(world: Path, tmp_path: Path, text: str, me
     config.write_text(text)
     with pytest.raises(InputError, match=message):
         run_immunisation(immunisation(world, tmp_path / "out", config=config))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:--prompts not given", "ignore:--general not given")
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("tokenbuncher", "reference_model: FOREIGN", "has another tokenizer"),
+        ("lox", "base: FOREIGN", "another id in the base model's vocabulary"),
+        ("lox+tokenbuncher", "parts: {lox: {base: BASE}, tokenbuncher: {reference_model: FOREIGN}}",
+         "has another tokenizer"),
+        ("tokenbuncher", "reference_model: no/such/place", "reference model cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_foreign_models_are_refused_before_the_run_folder_is_begun(
+    world: Path, tmp_path: Path, method: str, options: str, message: str
+) -> None:
+    foreign, config = tmp_path / "foreign", tmp_path / "run.yaml"
+    AutoModelForCausalLM.from_pretrained(world / "model").save_pretrained(foreign)
+    tiny_tokenizer(WORDS[::-1]).save_pretrained(foreign)
+    options = options.replace("FOREIGN", str(foreign)).replace("BASE", str(world / "model"))
+    config.write_text(f"method: {{{options}}}")
+    names = () if method == "lox" else ("harmful", "benign")
+    streams = {name: str(world / f"{name}.jsonl") for name in names}
+    plan = immunisation(
+        world, tmp_path / "out", method=method, config=config, streams=streams, steps=None
+    )
+    with pytest.raises(InputError, match=message):
+        run_immunisation(plan)
     assert not (tmp_path / "out").exists()
 
 

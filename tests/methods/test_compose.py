@@ -11,6 +11,7 @@ from mithridate.errors import InactiveTermError, InputError, RunInterruptedError
 from mithridate.immunisation import ImmunisationPlan, run_immunisation
 from mithridate.methods import METHODS, Method
 from mithridate.methods import compose as module
+from mithridate.methods.sites import layers_of
 from mithridate.training import TrainingConfig, immunise
 from mithridate.weights import arithmetic
 from mithridate.weights.losses import answer_cross_entropy
@@ -163,6 +164,43 @@ def test_a_sequence_gives_each_member_its_share_of_the_run(turns, expected):
     for label, count in zip(labels, counts, strict=True):
         own = [entry[1:] for entry in seen if entry[0] == label]
         assert own == [(step, count) for step in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("name", "combine"),
+    [
+        ("tvaccine+sft", "sequence"),
+        ("tvaccine+sft", "alternate"),
+        ("tvaccine+sft", "sum"),
+        ("tvaccine+tvaccine", "sum"),
+    ],
+)
+def test_layers_that_no_member_trains_keep_their_bits(name, combine):
+    own = {"batch_size": 4, "radius": 0.5, "layers": 1, "redraw_every": 1}
+    labels = METHODS.load(name).config_class.members
+    parts = {label: own for label, member in labels.items() if member == "tvaccine"}
+    model = tiny_llama(layers=4)
+    method, context = made(name, combine=combine, parts=parts), tiny_context(model)
+    method.prepare(context)
+    optimiser = torch.optim.AdamW(context.space.tensors, lr=1e-2, weight_decay=0.1)
+    layers, draws = layers_of(model), set()
+    present = {id(w): w for w in context.space.tensors}
+    for step in range(context.total_steps):
+        context.step = step
+        before = {id(w): w.detach().clone() for w in context.space.tensors}
+        terms = method.step(context)
+        optimiser.step()
+        moved = {key for key in before if not torch.equal(before[key], present[key])}
+        if "sft/retain" in terms:
+            assert moved == set(before)
+            continue
+        drawn = {
+            index for label in parts for index in method.parts[label].state()["drawn"].tolist()
+        }
+        draws |= drawn
+        assert moved == {id(w) for index in drawn for w in layers[index].parameters()}
+    # Some layer stood still with moments, of an earlier draw or of the other member.
+    assert len(draws) > 1 or (name, combine) == ("tvaccine+sft", "sum")
 
 
 def spy(method):

@@ -227,23 +227,42 @@ def test_bases_that_do_not_fit_are_refused_by_the_name_of_the_tensor(base, tmp_p
 
 
 def test_a_base_of_equal_shapes_and_other_words_is_refused(base):
-    before = aligned(base)
-    tiny_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(base)
     model = aligned(base)
+
+    def check():
+        lox_for(base).check_tokenizer(model, tiny_tokenizer())
+
+    tiny_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(base)
     with pytest.raises(InputError, match="44 tokens have another id"):
-        lox_for(base).prepare(tiny_context(model))
-    assert_same(model, before)
+        check()
     tiny_tokenizer([*WORDS, "added"]).save_pretrained(base)
-    assert lox_for(base).prepare(tiny_context(model))["matrices"] > 0
+    check()
+    damaged = base / "tokenizer.json"
+    damaged.write_text(damaged.read_text()[:99])
+    with pytest.raises(InputError, match=r"base model's tokenizer cannot be loaded[\s\S]*copy or"):
+        check()
+    damaged.unlink()
+    with pytest.raises(InputError, match=f"{base}.*tokenizer cannot be loaded"):
+        check()
     for path in base.glob("tokenizer*"):
         path.unlink()
     with pytest.warns(UserWarning, match="has no tokenizer"):
-        lox_for(base).prepare(tiny_context(aligned(base)))
+        check()
 
 
-def assert_same(model, other):
-    for weight, expected in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(weight, expected)
+def test_a_deeper_base_is_refused_and_stray_buffers_are_not(base):
+    model = aligned(base)
+    stored = load_file(base / "model.safetensors")
+    stored |= {
+        "lm_head.weight": stored["model.embed_tokens.weight"].clone(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+    }
+    save_file(stored, base / "model.safetensors")
+    lox_for(base).check(model)
+    name = "model.layers.2.mlp.up_proj.weight"
+    save_file(stored | {name: torch.zeros(3, 64)}, base / "model.safetensors")
+    with pytest.raises(InputError, match=f"1 tensors of it are none of the model's .first: {name}"):
+        lox_for(base).check(model)
 
 
 def test_an_adapter_is_refused(base, tmp_path):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mithridate.chat import Batch
 from mithridate.errors import InactiveTermError, InputError
-from mithridate.methods.base import RunContext
+from mithridate.methods.base import RunContext, open_part
 from mithridate.weights.losses import (
     answer_states,
     check_head,
@@ -20,6 +21,11 @@ from mithridate.weights.losses import (
     output_head,
 )
 from mithridate.weights.oracle import PassCount
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MEND = "give an earlier version of the same model"
 
 
 class Anchor:
@@ -40,14 +46,42 @@ class Anchor:
         self._frozen: nn.Module | None = None
         self._ready = False
 
-    def prepare(self, context: RunContext) -> None:
-        """Keep or load the reference.
+    @property
+    def buffers(self) -> int:
+        """Parameter-sized buffers; before `prepare` knows of an adapter, those of full weights."""
+        return int(not self._ready or self._frozen is not None)
+
+    def check(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a reference of another vocabulary, before any weight of it is read.
 
         Raises
         ------
         InputError
             The reference has another tokenizer, or there is no such model.
         """
+        if self.source is None:
+            return
+        from transformers import AutoConfig, AutoTokenizer
+
+        from mithridate import models
+
+        if Path(self.source).is_dir():
+            models.check_model_folder(Path(self.source))
+        words, config = (
+            open_part(kind, self.source, what="the reference model", mend=_MEND)
+            for kind in (AutoTokenizer, AutoConfig)
+        )
+        same_words = words.get_vocab() == tokenizer.get_vocab()
+        widths = {each.get_text_config().vocab_size for each in (model.config, config)}
+        if not same_words or len(widths) > 1:
+            raise InputError(
+                "the reference model has another tokenizer than the model",
+                where=self.source,
+                mend=_MEND,
+            )
+
+    def prepare(self, context: RunContext) -> None:
+        """Keep or load the reference."""
         model: Any = context.oracle.model
         if self.source is not None:
             self._frozen = _load(self.source, context)
@@ -95,15 +129,7 @@ def _load(source: str, context: RunContext) -> nn.Module:
 
     own: Any = context.oracle.model
     reference: Any
-    reference, tokenizer = models.load(source)
-    same_words = tokenizer.get_vocab() == context.chat.tokenizer.get_vocab()
-    widths = {model.config.get_text_config().vocab_size for model in (own, reference)}
-    if not same_words or len(widths) > 1:
-        raise InputError(
-            "the reference model has another tokenizer than the model",
-            where=source,
-            mend="give an earlier version of the same model",
-        )
+    reference, _ = models.load(source)
     frozen: nn.Module = reference.to(own.device).eval().requires_grad_(False)
     check_head(frozen, context.chat.batch(context.examples["benign"][:1]).to(own.device))
     return frozen

@@ -7,15 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from mithridate.chat import Batch, ChatFormat
 from mithridate.configs import check_values
+from mithridate.errors import InputError
 from mithridate.examples import Example, evenly_by_category
 from mithridate.weights import Gradient, GradientOracle, WeightSpace, dot, norm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -164,6 +168,28 @@ def join(batches: list[Batch]) -> Batch:
     )
 
 
+def open_part(kind: Any, source: str, *, what: str, mend: str) -> Any:
+    """Return another model's tokenizer or configuration; its weights are left alone.
+
+    Parameters
+    ----------
+    kind
+        `transformers.AutoTokenizer` or `transformers.AutoConfig`.
+    what, mend
+        For the message: what was to be loaded, and what to do about it.
+
+    Raises
+    ------
+    InputError
+        It is missing or damaged.
+    """
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(f"{what} cannot be loaded: {reason}", where=source, mend=mend) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """Options of a method.
@@ -219,6 +245,11 @@ class Method(ABC):
         Asked first without a model, before it is read, then with it, before the run folder is
         written.
         """
+
+    def check_tokenizer(  # noqa: B027
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Refuse other models whose vocabulary is not ``model``'s, right after `check`."""
 
     def prepare(self, context: RunContext) -> dict[str, float]:  # noqa: ARG002
         """Work before the first step (pairing, fidelity checks); returns what to log."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from mithridate.methods import METHODS
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.weights import Gradient
 from mithridate.weights.arithmetic import scale_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Entry = TypeVar("Entry")
 
@@ -151,6 +154,10 @@ class Compose(Method):
         for part in self.parts.values():
             part.check(model)
 
+    def check_tokenizer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        for part in self.parts.values():
+            part.check_tokenizer(model, tokenizer)
+
     def prepare(self, context: RunContext) -> dict[str, float]:
         for label in self._training:
             if self._done(label, context.total_steps, context.total_steps) == 0:
@@ -169,6 +176,7 @@ class Compose(Method):
     def step(self, context: RunContext) -> dict[str, float]:
         step, total = context.step, context.total_steps
         whole: Gradient | None = None
+        idle = set(range(len(context.space.tensors)))
         terms: dict[str, float] = {}
         self._stepped = [
             label
@@ -178,6 +186,7 @@ class Compose(Method):
         for label in self._stepped:
             with self._own(context, label) as own, context.oracle.fresh_gradient() as gradient:
                 logged = self.parts[label].step(own)
+                idle -= {i for i, p in enumerate(context.space.tensors) if p.grad is not None}
             terms |= {f"{label}/{name}": value for name, value in logged.items()}
             if self.config.weight(label) != 1:
                 scale_(gradient, self.config.weight(label))
@@ -186,6 +195,9 @@ class Compose(Method):
             else:
                 torch._foreach_add_(whole, gradient)
         context.space.give_gradient(whole)
+        for index in idle:
+            # Zeros would let an optimiser's moments and decay move what no member trains.
+            context.space.tensors[index].grad = None
         return terms
 
     def _done(self, label: str, step: int, total: int) -> int:

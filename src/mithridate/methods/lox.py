@@ -18,6 +18,7 @@ tied weights           once                        the code moves a shared tenso
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch import nn
 from mithridate.configs import Count, Weight, require
 from mithridate.errors import InactiveTermError, InputError, RunStoppedError
 from mithridate.files import sha256_file, write_json
-from mithridate.methods.base import Method, MethodConfig, RunContext
+from mithridate.methods.base import Method, MethodConfig, RunContext, open_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ _LARGEST_RANK = 16
 _OVERSAMPLING = 24
 _POWER_ITERATIONS = 4
 _TOLERANCE = 1e-3
+_MEND = "give the very model that this one was aligned from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +102,16 @@ class LoX(Method):
         base = self._base()
         if model is not None:
             self._pairs(model, base)
+            base.check_rest(model)
+
+    def check_tokenizer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ARG002
+        self._base().check_words(tokenizer)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Extrapolate every matrix in turn; writes ``lox.json`` (energies, no weights)."""
         if self.config.strength == 0:
             return {"matrices": 0.0}
         model, base = context.oracle.model, self._base()
-        base.check_words(context.chat.tokenizer)
         pairs = self._pairs(model, base)
         found: dict[str, float] = {"svd_error": self._check_svd(context, base, pairs)}
         rows, captured, whole = [], 0.0, 0.0
@@ -245,21 +250,38 @@ class BaseModel:
         InputError
             Naming the tensor, if it is missing here or has another shape.
         """
-        # A model's files may leave out, or add, the name of its body.
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        spellings = [*names, *(n.removeprefix(prefix) for n in names), *(prefix + n for n in names)]
-        source = next((name for name in spellings if name in self._places), None)
-        mend = "give the very model that this one was aligned from"
+        source = next((name for name in _spellings(names, model) if name in self._places), None)
         if source is None:
-            raise InputError(f"it has no tensor {names[0]}", where=self.source, mend=mend)
+            raise InputError(f"it has no tensor {names[0]}", where=self.source, mend=_MEND)
         here = tuple(self._shapes[source])
         if here != tuple(shape):
             raise InputError(
                 f"{names[0]} is {here} in the base model and {tuple(shape)} in the aligned one",
                 where=self.source,
-                mend=f"{mend}, with the same vocabulary",
+                mend=f"{_MEND}, with the same vocabulary",
             )
         return source
+
+    def check_rest(self, model: nn.Module) -> None:
+        """Refuse tensors here that ``model`` has no parameter for, as of a deeper model."""
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        # Buffers have moved between modules; what else is no loss its class says itself.
+        buffers = {".".join(name.split(".")[-2:]) for name, _ in model.named_buffers()}
+        ignored = [
+            *(rf"(^|\.){re.escape(name)}$" for name in buffers),
+            *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        ]
+        rest = sorted(
+            name
+            for name in self._places.keys() - set(_spellings(names, model))
+            if not any(re.search(pattern, name) for pattern in ignored)
+        )
+        if rest:
+            raise InputError(
+                f"{len(rest)} tensors of it are none of the model's (first: {rest[0]})",
+                where=self.source,
+                mend=_MEND,
+            )
 
     def check_words(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a base whose tokenizer knows a token of ours by another id.
@@ -274,7 +296,12 @@ class BaseModel:
             return
         from transformers import AutoTokenizer
 
-        theirs = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False).get_vocab()
+        theirs = open_part(
+            AutoTokenizer,
+            str(self._folder),
+            what="the base model's tokenizer",
+            mend="copy or download it again, or leave all tokenizer files out",
+        ).get_vocab()
         moved = [
             word for word, own in tokenizer.get_vocab().items() if theirs.get(word, own) != own
         ]
@@ -283,7 +310,7 @@ class BaseModel:
                 f"{len(moved)} tokens have another id in the base model's vocabulary (one of "
                 f"them: {moved[0]!r})",
                 where=self.source,
-                mend="give the very model that this one was aligned from",
+                mend=_MEND,
             )
 
     def read(self, name: str) -> torch.Tensor:
@@ -295,6 +322,12 @@ class BaseModel:
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file."""
         return {path.name: sha256_file(path) for path in self._files}
+
+
+def _spellings(names: list[str], model: nn.Module) -> list[str]:
+    """Return ``names`` with and without the name of the body, which files may add or leave out."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return [*names, *(n.removeprefix(prefix) for n in names), *(prefix + n for n in names)]
 
 
 def _folder(source: str, revision: str | None) -> Path:

@@ -40,7 +40,7 @@ lambda = 0.1, against EaR; see the logged ``entropy``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -54,6 +54,9 @@ from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.rollouts import roll_out, whole_groups
 from mithridate.weights.arithmetic import scale_
 from mithridate.weights.losses import answer_log_probability_and_entropy, check_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _WARM_UP = 8
 _GATE_PROMPTS = 64
@@ -149,13 +152,15 @@ class TokenBuncher(Method):
 
     @property
     def parameter_buffers(self) -> int:
-        # The reference; an adapter's is the model without it, and costs nothing.
-        return int(self._anchored)
+        return self._anchor.buffers if self._anchored else 0
 
     @property
     def active_terms(self) -> tuple[str, ...]:
         # No spread among rollouts is this method's optimum: skipped groups are logged instead.
         return ("entropy", "benign_kl") if self._anchored else ("entropy",)
+
+    def check_tokenizer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._anchor.check(model, tokenizer)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Keep the reference, and check that it is refusals that will be sharpened."""

@@ -295,6 +295,7 @@ def immunise(
             return folder.result(model)
     _refuse_space(method, config)
     method.check(model)
+    method.check_tokenizer(model, tokenizer)
     starting_mode = model.training
     use_cache = model.config.use_cache
     plain: PreTrainedModel | PeftModel = model
