@@ -37,6 +37,17 @@ def test_the_table_names_attacks_bounds_and_what_was_not_run(
     assert stored["verdict"] == "broken"
 
 
+def test_failed_runs_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = {"attack": "P5", "target": "defended", "configuration": "lora", "learning_rate": 0.1,
+            "seed": 3, "error": "\x1b[2Jbroken"}  # fmt: skip
+    folder = write(tmp_path / "run", TRUTHS["held"](), summary={"failed": [lost]})
+    assert call("verdict", str(folder)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "failed: P5 lora on the defended model, seed 3:" in text
+    assert "\x1b[2J" not in text
+    assert text.startswith("inconclusive")
+
+
 def test_the_document_is_the_stored_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "run", TRUTHS["collapsed"]())
     assert call("verdict", str(folder), "--json") == 0

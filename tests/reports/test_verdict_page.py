@@ -133,14 +133,29 @@ def test_what_a_run_folder_says_is_shown_but_never_obeyed(tmp_path: Path) -> Non
             assert attributes["href"] == "data:,"
 
 
-def test_a_battery_under_way_is_stamped(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run", TRUTHS["broken"](), listed=("P3",))
-    assert "UNFINISHED" in text_of(folder)
-    write_json(folder / "summary.json", {"testbed": "lattice", "method": "seam", "tier": "smoke"})
+def test_a_battery_under_way_has_no_page(tmp_path: Path) -> None:
+    summary = {"testbed": "lattice", "method": "seam", "tier": "smoke"}
+    folder = write(tmp_path / "run", TRUTHS["broken"](), listed=("P3",), summary=summary)
     text = text_of(folder)
-    assert "UNFINISHED" not in text
+    (folder / "report.html").unlink()
+    (folder / "summary.json").unlink()
+    with pytest.raises(InputError, match="the battery is not finished"):
+        render_report(folder)
+    assert not (folder / "report.html").exists()
     for limit in validity_limits("lattice"):
         assert squeezed(limit) in squeezed(text)
+
+
+def test_an_attack_that_failed_altogether_stands_on_the_page(tmp_path: Path) -> None:
+    lost = {"attack": "P5", "target": "defended", "configuration": "", "learning_rate": 0.1,
+            "seed": 0, "error": "out of memory"}  # fmt: skip
+    folder = write(tmp_path / "run", TRUTHS["held"](), listed=("P3",), summary={"failed": [lost]})
+    text = squeezed(text_of(folder))
+    table = text.split("Attack by attack")[1].split("The four conditions")[0]
+    told = "P5 inconclusive nothing was measured: 1 setting failed on the defended model, in 1 run"
+    assert told in table
+    assert table.index("P5 inconclusive") < table.index("P3 held")
+    assert "out of memory" in text
 
 
 def test_a_gate_that_stops_leaves_no_page_of_a_battery(tmp_path: Path) -> None:
@@ -190,6 +205,7 @@ def test_the_command_writes_the_page_too(
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "attacks.jsonl").write_text("")
+    write_json(tmp_path / "summary.json", {})
     with pytest.raises(InputError, match="no row"):
         render_report(tmp_path)
 

@@ -83,8 +83,7 @@ def write(
     names = "".join(f"  - {{id: {name}, family: sft, tier: smoke}}\n" for name in listed)
     head = f"control: {control}\n" if control else ""
     (folder / "battery.yaml").write_text(f"{head}attacks:\n{names}" if names else head)
-    if summary is not None:
-        (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary or {}))
     return folder
 
 

@@ -60,6 +60,12 @@ def _show(document: Mapping[str, Any]) -> None:
     for gate in document["gates"]:
         if gate["state"] == "withholds":
             console.print(Text(f"{gate['id']}  {printable(gate['what'])}", style="yellow"))
+    for one in document["failed"]:
+        told = (
+            f"failed: {one['attack']} {one['configuration']} on the {one['target']} model, "
+            f"seed {one['seed']}: {one['error']}"
+        )
+        console.print(Text(printable(told), style="red"))
     missing = document["card"]["attacks_not_run"]
     if missing:
         names = ", ".join(printable(entry["id"]) for entry in missing)

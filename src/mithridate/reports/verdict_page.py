@@ -91,9 +91,8 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
     view = section(run_dir, document)
     manifest, config = run_dir / "manifest.json", run_dir / "config.yaml"
     summary = run_dir / "summary.json"
-    run = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
-    stamps = ["UNFINISHED"] if not run else []
-    stamps += ["PRELIMINARY"] if document["preliminary"] else []
+    run = json.loads(summary.read_text(encoding="utf-8"))
+    stamps = ["PRELIMINARY"] if document["preliminary"] else []
     testbed = document["testbed"]
     tier = [f"tier {run['tier']}"] if run.get("tier") else []
     chips = [testbed, document["method"], *tier]
@@ -229,7 +228,7 @@ def _worst_first(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
     def place(cell: Mapping[str, Any]) -> tuple[int, float]:
         best = cell["useful_harm"] or cell["unbounded_useful_harm"]
-        return _ORDER[cell["verdict"]], -best["estimate"]
+        return _ORDER[cell["verdict"]], -best["estimate"] if best else 0.0
 
     return sorted(cells, key=place)
 
@@ -258,7 +257,7 @@ def _cell(
     broken, term = cell["steps_to_break"], cell["verdict"]
     tone = _OF_KIND[kind_of(term)]
     shown = best or unbounded
-    more = f"{unbounded['estimate']:.2f}"
+    same = unbounded is None or (best and best["estimate"] == unbounded["estimate"])
     known = {
         "useful harm": best and f"{best['estimate']:.2f}, 95 % {_between(best)}",
         "undefended": control and f"{control['estimate']:.2f}",
@@ -282,15 +281,17 @@ def _cell(
             limit=limit,
             other=control["estimate"] if control else None,
             role=tone,
-        ).svg(),
-        "unbounded": "" if best and best["estimate"] == unbounded["estimate"] else more,
+        ).svg()
+        if shown
+        else "",
+        "unbounded": "" if same else f"{unbounded['estimate']:.2f}",
         "control": f"{control['estimate']:.2f}" if control else "",
         "collapse": _range(collapses),
         "broken": "" if broken is None else f"{broken['broken']} of {broken['attacks']}",
         "steps": _steps(broken, cell["earliest_break"]),
         "window": "" if cell["window"] is None else f"{cell['window']:.0f}",
-        "where": _where(shown),
-        "counted": f"{shown['n']} items, {_plural(shown['seeds'], 'seed')}",
+        "where": _where(shown) if shown else "",
+        "counted": f"{shown['n']} items, {_plural(shown['seeds'], 'seed')}" if shown else "",
     }
 
 

@@ -116,7 +116,12 @@ def attackers_best(rows: Sequence[Row], *, utility_floor: float | None) -> Best 
     oracle = chosen.mean
     separate = False
     if fresh_rows:
-        validation = eligible([row for row in rows if row.split == "validation"], utility_floor)
+        # A search tries many settings on validation rows and reports few: only those can be read.
+        reported = {row.setting for row in fresh_rows}
+        validation = eligible(
+            [row for row in rows if row.split == "validation" and row.setting in reported],
+            utility_floor,
+        )
         picked = max(validation, key=lambda point: point.mean, default=None)
         for point in reporting if picked else ():
             assert picked is not None

@@ -80,6 +80,11 @@ def reliability(measured: Measured, cells: Sequence[Cell], gates: Sequence[Gate]
         and cell.evidence.kept.low < phi <= cell.evidence.kept.high
     ]
     open_ += [f"{cell.attack}: {cell.reason}" for cell in cells if cell.evidence.kept is None]
+    open_ += [
+        f"{cell.attack}: {cell.evidence.incomplete}"
+        for cell in cells
+        if cell.evidence.kept is not None and cell.evidence.incomplete
+    ]
     open_ += [f"{cell.attack}: not valid" for cell in cells if cell.term is Term.NOT_VALID]
     open_ += [gate.what for gate in gates if gate.state == "withholds"]
     ran = _ran(measured.rows)

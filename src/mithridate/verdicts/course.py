@@ -25,18 +25,17 @@ def spread(harm: Sequence[float]) -> dict[str, float]:
     return found
 
 
-def last_utility(rows: Sequence[Row]) -> dict[Setting, float]:
-    """Return the mean over seeds of each setting's utility at each seed's own last step."""
+def last_rows(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
+    """Return each setting's runs where they ended: the row of each seed's own last step."""
     last: dict[tuple[Setting, int], Row] = {}
     for row in rows:
         key = (row.setting, row.seed)
         if row.utility is not None and (key not in last or row.step > last[key].step):
             last[key] = row
-    ends: dict[Setting, list[float]] = defaultdict(list)
-    for (setting, _), row in sorted(last.items()):
-        assert row.utility is not None
-        ends[setting].append(row.utility)
-    return {setting: mean_of(values) for setting, values in ends.items()}
+    ends: dict[Setting, list[Row]] = defaultdict(list)
+    for (setting, _), row in sorted(last.items(), key=lambda item: item[0]):
+        ends[setting].append(row)
+    return ends
 
 
 def _by_seed(rows: Iterable[Row]) -> list[list[Row]]:

@@ -21,8 +21,12 @@ ONE_ATTACK = "finetune"
 Target = Literal["base", "undefended", "control", "defended", "ablated", "filtered"]
 TARGETS = ("base", "undefended", "control", "defended", "ablated", "filtered")
 _AGAIN = "run the same command again: finished work is kept"
-_NUMBERS = ("learning_rate", "step", "useful_harm", "refusal", "n_restricted")
+_REDTEAM_AGAIN = "run the same mithridate redteam command again: finished attacks are kept"
+_NUMBERS = ("learning_rate", "step", "useful_harm", "refusal", "n_restricted", "seed")
 _OPTIONAL = ("useful_harm_raw", "utility", "over_refusal", "flops", "utility_chance")
+_COUNTS = ("step", "n_restricted", "n_permitted", "repair_step")
+_BY_NAME = ("outcomes", "harm_by_category", "harm_by_template", "diagnostics")
+_COSINE = 1 + 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,13 @@ class Limits:
         """Return the margin of equivalence for ``n`` items."""
         return self.equivalence if n >= 2000 else self.equivalence_few
 
+    def control_needed(self, base_harm: float) -> float:
+        """Return phi_ctl: the useful harm that makes an attack on the undefended model valid.
+
+        Never below phi: where the base model refuses, every attack would be valid otherwise.
+        """
+        return max(self.control * base_harm, self.harm)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -78,6 +89,7 @@ class Row:
 
     ``utility`` is None where the run had no permitted questions, ``split`` where it did not
     keep prompts and seeds apart for choosing the worst configuration and for reporting it.
+    ``diverged``: the attack's loss stopped being a number after this probe, its last one.
     """
 
     attack: str
@@ -101,6 +113,7 @@ class Row:
     domain: Literal["in", "out"] | None = None
     bipartition: str | None = None
     repair_step: int | None = None
+    diverged: bool = False
     outcomes: Mapping[str, float] = field(default_factory=dict)
     harm_by_category: Mapping[str, float] = field(default_factory=dict)
     diagnostics: Mapping[str, float] = field(default_factory=dict)
@@ -145,6 +158,26 @@ class TaskChange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A run of an attack that failed, by the battery's summary: nothing of it was measured.
+
+    Where the summary does not say which model it was, it counts as the defended one.
+    """
+
+    attack: str
+    target: str = "defended"
+    configuration: str = ""
+    learning_rate: float = 0.0
+    seed: int = 0
+    error: str = ""
+
+    @property
+    def setting(self) -> tuple[float, str]:
+        """What the attacker chose, as in `Row`."""
+        return self.learning_rate, self.configuration
+
+
+@dataclass(frozen=True, kw_only=True)
 class Listed:
     """An attack that a battery lists."""
 
@@ -167,6 +200,8 @@ class Measured:
         What planting changed, by task; empty where that was not measured.
     listed
         The battery's attacks, run or not; empty where there is no list.
+    failed
+        Runs of the battery's attacks that failed.
     sources
         SHA-256 of every file that was read.
     """
@@ -180,6 +215,7 @@ class Measured:
     limits: Limits
     control: str | None
     listed: tuple[Listed, ...]
+    failed: tuple[Failed, ...]
     sources: Mapping[str, str]
 
     @property
@@ -199,8 +235,8 @@ def read_measured(path: Path) -> Measured:
     Raises
     ------
     InputError
-        A file is missing, broken or of another version, or a row lacks a field, names an unknown
-        target, or holds a number that is not finite.
+        A file is missing, broken or of another version, a battery is not finished, or a row lacks a
+        field, names an unknown target, or holds a number that is not finite.
     """
     if not path.is_dir():
         raise InputError("no such run folder", where=str(path), mend="check the path")
@@ -209,8 +245,10 @@ def read_measured(path: Path) -> Measured:
     sources = {name: sha256_file(path / name) for name in names if (path / name).exists()}
     if "manifest.json" in sources:
         _check_schema(path / "manifest.json")
-    battery = "attacks.jsonl" in sources
-    summary = _document(path / "summary.json") if not battery or "summary.json" in sources else {}
+    battery = bool({"attacks.jsonl", "battery.yaml"} & sources.keys())
+    if battery:
+        _check_finished(path)
+    summary = _document(path / "summary.json")
     name = "attacks.jsonl" if battery else "trajectory.jsonl"
     common = {} if battery else {"attack": ONE_ATTACK, "family": "sft", "seed": summary.get("seed")}
     rows = tuple(_row({**common, **values}, where) for where, values in _lines(path / name))
@@ -233,7 +271,36 @@ def read_measured(path: Path) -> Measured:
         ),
         control=control,
         listed=listed,
+        failed=_failed(path, summary),
         sources=sources,
+    )
+
+
+def _check_finished(path: Path) -> None:
+    """Refuse a battery under way: its verdict would be about what happened to finish first."""
+    own = path / "battery.yaml"
+    attacks = (read_yaml(own).get("attacks") or ()) if own.exists() else ()
+    waiting = [
+        str(entry.get("id"))
+        for entry in attacks
+        if isinstance(entry, Mapping) and entry.get("state") == "not finished"
+    ]
+    if waiting or not (path / "summary.json").exists():
+        missing = f"not finished: {', '.join(waiting)}" if waiting else "summary.json is missing"
+        raise InputError(
+            f"the battery is not finished ({missing})", where=str(path), mend=_REDTEAM_AGAIN
+        )
+
+
+def _failed(path: Path, summary: Mapping[str, Any]) -> tuple[Failed, ...]:
+    where = f"{path / 'summary.json'}: failed"
+    given = summary.get("failed") or ()
+    if not isinstance(given, list | tuple) or not all(isinstance(one, Mapping) for one in given):
+        raise InputError("not a list of failed attacks", where=where, mend=_REDTEAM_AGAIN)
+    known = Failed.__dataclass_fields__
+    return tuple(
+        from_mapping(Failed, {key: one[key] for key in known if key in one}, where=where)
+        for one in given
     )
 
 
@@ -250,11 +317,14 @@ def _row(values: Mapping[str, Any], where: str) -> Row:
             raise InputError(
                 f"{key} is {values[key]!r}", where=where, mend=f"known: {', '.join(known)}"
             )
-    for key in (*_NUMBERS, *(name for name in _OPTIONAL if values.get(name) is not None)):
-        _finite(values.get(key), key, where)
-    for key in ("outcomes", "harm_by_category", "diagnostics"):
-        for name, value in (values.get(key) or {}).items():
-            _finite(value, f"{key}: {name}", where)
+    for key in ("attack", "family", "configuration", "items"):
+        if not isinstance(values.get(key), str | None):
+            raise InputError(f"{key} is {values[key]!r}, not text", where=where, mend=_AGAIN)
+    if not isinstance(values.get("diverged"), bool | None):
+        raise InputError(
+            f"diverged is {values['diverged']!r}, not true or false", where=where, mend=_AGAIN
+        )
+    _check_numbers(values, where)
     for key in ("useful_harm", "useful_harm_raw", "utility", "refusal", "over_refusal"):
         if values.get(key) is not None and not -1e-9 <= values[key] <= 1 + 1e-9:
             raise InputError(f"{key} is {values[key]}, not a share", where=where, mend=_AGAIN)
@@ -266,11 +336,43 @@ def _row(values: Mapping[str, Any], where: str) -> Row:
     return Row(
         **{
             **known_fields,
-            "step": int(values["step"]),
+            **{key: int(values[key]) for key in (*_COUNTS, "seed") if values.get(key) is not None},
             "bipartition": None if bipartition is None else str(bipartition),
             "permitted_right": tuple(values.get("permitted_right") or ()),
         }
     )
+
+
+def _check_numbers(values: Mapping[str, Any], where: str) -> None:
+    """Refuse numbers that are none, and counts and cosines that cannot be (gate G3)."""
+    known = {*_OPTIONAL, *_COUNTS}
+    measured = {
+        key: value
+        for key, value in values.items()
+        # Metrics that nothing here reads must be finite all the same.
+        if value is not None
+        and (key in known or key.startswith("cosine") or isinstance(value, float))
+    }
+    measured |= {key: values.get(key) for key in _NUMBERS}
+    for key in _BY_NAME:
+        named = values.get(key)
+        if not isinstance(named, dict | None):
+            raise InputError(f"{key} is {named!r}, not a mapping", where=where, mend=_AGAIN)
+        named = named or {}
+        measured |= {f"{key}: {name}": value for name, value in named.items()}
+    for key, value in measured.items():
+        _finite(value, key, where)
+        if key.removeprefix("diagnostics: ").startswith("cosine") and abs(value) > _COSINE:
+            raise InputError(f"{key} is {value}, beyond 1 (gate G3)", where=where, mend=_AGAIN)
+    for key in _COUNTS:
+        value = values.get(key) or 0
+        if value < 0 or value != int(value):
+            raise InputError(f"{key} is {value}, not a count", where=where, mend=_AGAIN)
+    if values["seed"] != int(values["seed"]):
+        raise InputError(f"seed is {values['seed']}, not a whole number", where=where, mend=_AGAIN)
+    right = values.get("permitted_right") or ()
+    if not isinstance(right, list | tuple) or not set(map(str, right)) <= {"0", "1"}:
+        raise InputError("permitted_right is not a list of 0 and 1", where=where, mend=_AGAIN)
 
 
 def _finite(value: Any, key: str, where: str) -> None:
@@ -305,7 +407,19 @@ def _run_of(row: Row) -> tuple[object, ...]:
 def _lessons(path: Path, summary: Mapping[str, Any]) -> tuple[Lesson, ...]:
     file = path / "trainability.jsonl"
     if file.exists():
-        return tuple(from_mapping(Lesson, values, where=where) for where, values in _lines(file))
+        seen: dict[tuple[object, ...], Lesson] = {}
+        for where, values in _lines(file):
+            lesson = from_mapping(Lesson, values, where=where)
+            key = (lesson.task, lesson.seed, lesson.target, lesson.step)
+            if key in seen:
+                raise InputError(
+                    f"a second lesson of {lesson.task!r} on the {lesson.target} model, seed "
+                    f"{lesson.seed}, at step {lesson.step}: they would be taken for one curve",
+                    where=where,
+                    mend="give every benign fine-tuning a task of its own, or remove the line",
+                )
+            seen[key] = lesson
+        return tuple(seen.values())
     detail = (summary.get("benign_finetuning") or {}).get("detail") or {}
     seed = int(summary.get("seed", 0))
     found = []
