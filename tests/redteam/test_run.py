@@ -402,6 +402,13 @@ def test_a_diverged_attack_keeps_its_rows(bed):
     assert found["status"] == "diverged"
     assert [row.get("diverged", False) for row in found["rows"]][-1:] == [True]
     assert not any(row.get("diverged") for row in found["rows"][:-1])
+    repaired = dataclasses.replace(
+        job(bed, Edit(kind="quantise", amount=8), Train(optimiser="sgd", repair=True)),
+        learning_rate=1e30,
+    )
+    found = run_attack(repaired, bed)
+    assert found["status"] == "diverged"
+    assert not any(row.get("diverged") for row in found["rows"])
     assert found["rows"][0]["step"] == 0
     assert found["steps"] < 8
 

@@ -149,7 +149,9 @@ def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:
             model = scene.do(phase, model)
         except (_DivergedError, NonFiniteError):
             status = "diverged"
-            scene.rows[-1]["diverged"] = True
+            # A repair that fails leaves the attack's own end as it was.
+            if not (isinstance(phase, Train) and phase.repair):
+                scene.rows[-1]["diverged"] = True
             break
     return {
         "rows": scene.rows,
