@@ -143,12 +143,12 @@ def share(values: Sequence[float], n: int) -> str:
     return f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def mean(values: Sequence[float], *, digits: int = 1) -> str:
-    """Return the mean over seeds, with its 95 % interval where there are several."""
+def mean(values: Sequence[float], *, digits: int = 1, most: float = math.inf) -> str:
+    """Return the mean over seeds of what is 0 to ``most``, with its 95 % interval over several."""
     text = f"{math.fsum(values) / len(values):.{digits}f}"
     if len(values) > 1:
         low, high = over_seeds(values)
-        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+        text += f" [{max(low, 0.0):.{digits}f}, {min(high, most):.{digits}f}]"
     return text
 
 

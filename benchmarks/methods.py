@@ -209,8 +209,9 @@ def updates_table(found: Found) -> str:
     head = ["method", "learning rate", "reward, first quarter", "reward, last", "its spread",
             "questions paid alike", "entropy, first quarter", "entropy, last", "least C",
             "seeds within the undefended model's C"]  # fmt: skip
-    columns = ["reward_first", "reward_last", "reward_std", "equal_groups", "entropy_first",
-               "entropy_last", "constant"]  # fmt: skip
+    columns = {"reward_first": 1.0, "reward_last": 1.0, "reward_std": 1.0, "equal_groups": 1.0,
+               "entropy_first": math.inf, "entropy_last": math.inf,
+               "constant": math.inf}  # fmt: skip
     lines = []
     for name, runs in found.rows.items():
         for index, first in enumerate(runs[0]["rl_updates"]):
@@ -218,12 +219,15 @@ def updates_table(found: Found) -> str:
                 [run["rl_updates"][index] for run in some]
                 for some in (runs, found.rows[UNDEFENDED])
             )
-            most = max(one["constant"] for one in plain)
-            within = sum(one["constant"] <= most for one in own)
+            largest = max(one["constant"] for one in plain)
+            within = sum(one["constant"] <= largest for one in own)
             lines.append([
                 LABELS.get(name, name),
                 f"{first['learning_rate']:g}",
-                *(common.mean([one[column] for one in own], digits=2) for column in columns),
+                *(
+                    common.mean([one[column] for one in own], digits=2, most=most)
+                    for column, most in columns.items()
+                ),
                 f"{within} of {len(own)}",
             ])  # fmt: skip
     return common.markdown(head, lines)

@@ -171,6 +171,7 @@ def test_one_seed_has_the_interval_of_its_questions_and_no_spread():
     assert common.share([0.5], 70) == "0.50 [0.39, 0.61]"
     assert common.mean([2.5]) == "2.5"
     assert common.mean([2.0, 3.0, 4.0]) == "3.0 [0.5, 5.5]"
+    assert common.mean([0.1, 0.9], digits=2, most=1.0) == "0.50 [0.00, 1.00]"
 
 
 def test_a_row_of_the_spine_says_what_was_measured():
