@@ -49,6 +49,19 @@ def test_progress_elsewhere_than_on_a_terminal_is_a_line_a_stage(
     assert "useful_harm 0.5" in lines[1]
 
 
+def test_time_left_is_that_of_what_is_done_now_not_of_what_was_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([1000.0, 1060.0])
+    monkeypatch.setattr("mithridate.cli.progress.time.monotonic", lambda: next(clock))
+    with listening() as listener:
+        listener(Event(stage="attacking", step=40, total=100))
+        listener(Event(stage="attacking", step=50, total=100))
+    first, second = capsys.readouterr().err.splitlines()
+    assert "left" not in first
+    assert "about 300 s left" in second, "ten in a minute, fifty to go"
+
+
 def test_progress_on_a_terminal_draws_and_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

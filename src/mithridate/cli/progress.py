@@ -84,21 +84,23 @@ def _bars(console: Console) -> Iterator[Listener]:
 def _lines(console: Console) -> Listener:
     stage: str | None = None
     started = shown = 0.0
+    kept = 0
 
     def listener(event: Event) -> None:
-        nonlocal stage, started, shown
+        nonlocal stage, started, shown, kept
         now = time.monotonic()
         done = bool(event.total) and event.step >= event.total
         if event.stage != stage:
-            stage, started = event.stage, now
+            # What a stage begins with was done before, in no time: it says nothing of the rest.
+            stage, started, kept = event.stage, now, event.step
         elif not done and now - shown < _SECONDS_BETWEEN_LINES:
             return
         shown = now
         parts = [printable(event.stage)]
         if event.total:
             parts.append(f"{event.step}/{event.total}")
-        if event.step and event.total and not done:
-            left = (now - started) / event.step * (event.total - event.step)
+        if event.step > kept and event.total and not done:
+            left = (now - started) / (event.step - kept) * (event.total - event.step)
             parts.append(f"about {left:.0f} s left")
         parts.append(_metrics(event.metrics))
         console.print("  ".join(part for part in parts if part), markup=False, soft_wrap=True)
