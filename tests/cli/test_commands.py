@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,7 +54,8 @@ def test_time_left_is_that_of_what_is_done_now_not_of_what_was_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([1000.0, 1060.0])
-    monkeypatch.setattr("mithridate.cli.progress.time.monotonic", lambda: next(clock))
+    stopped = SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr("mithridate.cli.progress.time", stopped)
     with listening() as listener:
         listener(Event(stage="attacking", step=40, total=100))
         listener(Event(stage="attacking", step=50, total=100))
