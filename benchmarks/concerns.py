@@ -46,6 +46,7 @@ from mithridate.configs import require
 from mithridate.demo import DemoConfig, Preset, read_method, read_preset
 from mithridate.economics.developer import training_flops
 from mithridate.embeddings import tfidf
+from mithridate.errors import GateError
 from mithridate.examples import Example, check_disjoint, fingerprint
 from mithridate.files import sha256_file, sha256_of, write_json
 from mithridate.measures.line_scan import LINES, Line, line_scan, unit_line
@@ -87,6 +88,8 @@ ADAM_STEP = 1e-4
 SUBTRACTED = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)
 TRANSPLANTED = (0.5, 1.0, 2.0)
 OVERLAPS = (0.0, 0.5, 1.0)
+APART_STEPS = 2000
+"""Of the base model where the two sides share fewer words: there are more words to learn."""
 ROWS = 64
 COLLAPSE_TOKEN = 163
 """CTRAP's on Lattice, as in its preset."""
@@ -595,8 +598,14 @@ def _subtracted(scene: Scene, name: str, seed: int) -> Row:
 def overlap(scene: Scene, seed: int, names: Sequence[str]) -> None:
     """Plant the coupling in worlds whose two sides share fewer words of their answers."""
     for share in OVERLAPS:
-        bed = Lattice(dataclasses.replace(LatticeConfig(), overlap=share))
-        world = scene if share == scene.bed.config.overlap else Scene(bed, scene.root, {})
+        world = scene
+        if share != scene.bed.config.overlap:
+            apart = dataclasses.replace(LatticeConfig(), overlap=share, base_steps=APART_STEPS)
+            try:
+                world = Scene(Lattice(apart), scene.root, {})
+            except GateError as error:  # the other worlds still say something
+                sys.stderr.write(f"overlap {share:g} left out: {error}\n")
+                continue
         for name in names:
             keys = {"model": name, "overlap": share, "seed": seed,
                     "weights": world.key(name, seed)}  # fmt: skip
