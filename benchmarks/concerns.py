@@ -87,7 +87,6 @@ others about a thousand times longer on this model, so SGD gets two more."""
 ADAM_STEP = 1e-4
 SUBTRACTED = (0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 1.5)
 TRANSPLANTED = (0.5, 1.0, 2.0)
-OVERLAPS = (0.0, 0.5, 1.0)
 APART_STEPS = 2000
 """Of the base model where the two sides share fewer words: there are more words to learn."""
 ROWS = 64
@@ -597,7 +596,7 @@ def _subtracted(scene: Scene, name: str, seed: int) -> Row:
 
 def overlap(scene: Scene, seed: int, names: Sequence[str]) -> None:
     """Plant the coupling in worlds whose two sides share fewer words of their answers."""
-    for share in OVERLAPS:
+    for share in concerns_report.OVERLAPS:
         world = scene
         if share != scene.bed.config.overlap:
             apart = dataclasses.replace(LatticeConfig(), overlap=share, base_steps=APART_STEPS)
