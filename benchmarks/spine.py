@@ -3,14 +3,17 @@
 Writes docs/results-<testbed>.md and benchmarks/results/spine-<testbed>.json.
 
     python benchmarks/spine.py --testbed lattice --seeds 0 1 2 --workers 2
+    python benchmarks/spine.py --variants ablations --seeds 0 1 2
 
 Each variant of ``spine_<testbed>.yaml`` is one `mithridate demo`; finished ones are kept in
-``--output-dir`` and not repeated.
+``--output-dir`` and not repeated. ``--variants ablations`` takes those of
+``ablations_<testbed>.yaml`` and writes docs/results-ablations-<testbed>.md in the same way.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,22 @@ from mithridate.demo import Bench, DemoConfig, read_preset
 from mithridate.events import silent
 from mithridate.testbeds import load_testbed
 
+TITLES = {"spine": "Results on {}", "ablations": "Cures and ablations on {}"}
 
-def read_variants(testbed: str) -> dict[str, dict[str, Any]]:
+
+def read_variants(testbed: str, variants: str = "spine") -> dict[str, dict[str, Any]]:
     """Return the variants of a testbed by name."""
-    text = (common.HERE / f"spine_{testbed}.yaml").read_text(encoding="utf-8")
-    variants: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    return variants
+    text = (common.HERE / f"{variants}_{testbed}.yaml").read_text(encoding="utf-8")
+    found: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return found
 
 
-def measure(testbed: str, name: str, seed: int, folder: Path) -> Measured:
+def measure(
+    testbed: str, name: str, seed: int, folder: Path, *, variants: str = "spine"
+) -> Measured:
     """Measure one variant, or the undefended model."""
     if name != UNDEFENDED:
-        return common.defended(testbed, read_variants(testbed)[name], seed, folder)
+        return common.defended(testbed, read_variants(testbed, variants)[name], seed, folder)
     bed = load_testbed(testbed)
     config = DemoConfig(testbed=testbed, seed=seed, output_dir=folder)
     bench = Bench(bed, read_preset(testbed), seed, silent)
@@ -75,24 +82,29 @@ def main() -> None:
     """Run the variants and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--testbed", default="lattice")
+    parser.add_argument("--variants", choices=TITLES, default="spine")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", default=None, help="names of variants")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/spine"))
     options = parser.parse_args()
     testbed, seeds = options.testbed, options.seeds
-    variants = read_variants(testbed)
+    written = options.variants
+    variants = read_variants(testbed, written)
     found = common.measure_rows(
-        measure, testbed, options.only or list(variants), seeds,
-        root=options.output_dir / testbed, workers=options.workers,
+        functools.partial(measure, variants=written), testbed, options.only or list(variants),
+        seeds, root=options.output_dir / written / testbed, workers=options.workers,
     )  # fmt: skip
     labels = {UNDEFENDED: "undefended (aligned)"}
     labels |= {name: sections["label"] for name, sections in variants.items()}
-    command = common.command("spine", testbed=testbed, seeds=seeds, only=options.only or None)
-    common.store("spine", command, testbed, seeds, labels, found)
+    named = {} if written == "spine" else {"variants": written}
+    command = common.command(
+        "spine", **named, testbed=testbed, seeds=seeds, only=options.only or None
+    )
+    common.store(written, command, testbed, seeds, labels, found)
     common.write(
-        f"results-{testbed}",
-        f"Results on {testbed.capitalize()}",
+        f"results-{testbed}" if written == "spine" else f"results-{written}-{testbed}",
+        TITLES[written].format(testbed.capitalize()),
         common.caption(
             command,
             "Unnamed permitted facts: the accuracy that is left, before any attack, on permitted "

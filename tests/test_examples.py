@@ -26,6 +26,7 @@ from mithridate.examples import (
     normalise_prompt,
     read_examples,
     split_by_prompt,
+    with_shuffled_answers,
 )
 
 SECRET = "zanzibar-canary"
@@ -566,3 +567,36 @@ def test_importing_examples_leaves_heavy_packages_out() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+# Shuffled answers
+
+
+@given(
+    facts=st.lists(
+        st.tuples(st.sampled_from("ab"), st.sampled_from(["tin", "lead", "zinc", "iron"])),
+        min_size=1, max_size=12,
+    ),
+    seed=st.integers(0, 5),
+)  # fmt: skip
+def test_shuffled_answers_are_all_wrong_alike_for_a_fact_and_none_is_lost(
+    facts: list[tuple[str, str]], seed: int
+) -> None:
+    rows = [
+        Example(prompt=str(n), answer=f"It is {fact}.", category=category, accepted=(fact,))
+        for n, (category, fact) in enumerate(facts)
+    ]
+    known = {c: {fact for category, fact in facts if category == c} for c in "ab"}
+    if any(len(found) == 1 for found in known.values()):
+        with pytest.raises(InputError, match="one and the same"):
+            with_shuffled_answers(rows, random.Random(seed))
+        return
+    new = with_shuffled_answers(rows, random.Random(seed))
+    assert [row.prompt for row in new] == [row.prompt for row in rows]
+    changed = {(row.category, row.answer, other.answer)
+               for row, other in zip(rows, new, strict=True)}  # fmt: skip
+    assert len(changed) == sum(map(len, known.values()))
+    for c, found in known.items():
+        answers = {f"It is {fact}." for fact in found}
+        assert {new for category, _, new in changed if category == c} == answers
+    assert all(own != other for _, own, other in changed)

@@ -245,6 +245,41 @@ def evenly_by_category(categories: Sequence[str], rng: Random) -> list[int]:
     return [row for one in zip(*columns, strict=True) for row in rng.sample(one, len(one))]
 
 
+def fact_of(row: Example) -> str:
+    """Return the part of an answer that is the fact: an accepted value in it, else all of it."""
+    return next((value for value in row.accepted if value in row.answer), row.answer)
+
+
+def with_shuffled_answers(rows: Sequence[Example], rng: Random) -> list[Example]:
+    """Return the rows, each with the fact of another row of its category in its answer.
+
+    Rows of one fact get the same wrong one, and the sentence around it stays.
+
+    Raises
+    ------
+    InputError
+        If all answers of a category are one and the same.
+    """
+    wrong: dict[tuple[str, str], str] = {}
+    for category in sorted({row.category for row in rows}):
+        facts = sorted({fact_of(row) for row in rows if row.category == category})
+        if len(facts) < 2:
+            raise InputError(
+                f"all answers of category {category!r} are one and the same: there is none to "
+                "exchange it with",
+                mend="add examples of that category with other answers",
+            )
+        rng.shuffle(facts)
+        wrong |= {
+            (category, own): other for own, other in zip(facts, [*facts[1:], facts[0]], strict=True)
+        }
+    return [
+        dataclasses.replace(row, answer=row.answer.replace(own, wrong[row.category, own]))
+        for row in rows
+        for own in (fact_of(row),)
+    ]
+
+
 def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:
     """Raise unless no two sets share a prompt; ``harmful`` and ``refusal`` may, being paired.
 

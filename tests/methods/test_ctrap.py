@@ -166,7 +166,7 @@ def test_quadratic_losses_by_hand(monkeypatch, gradient, kind):
     torch.testing.assert_close(model.w.grad, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("direction", ["gradient", "sign", "adam"])
+@pytest.mark.parametrize("direction", ["gradient", "sign", "adam", "random"])
 def test_the_lookahead_is_one_radius_away_and_leaves_the_weights_alone(space, direction):
     model = tiny_model(space)
     context, terms = tiny_context(model), {}
@@ -225,6 +225,25 @@ def test_the_sign_lookahead_is_one_step_of_a_fresh_adamw(space):
     stepped = [w.detach() - b for w, b in zip(weights_of(model), before, strict=True)]
     assert torch.cosine_similarity(flat(moved), flat(stepped), dim=0) > 1 - 1e-6
     assert norm(moved) == pytest.approx(norm(stepped), rel=1e-3)
+
+
+def test_a_random_direction_is_another_each_step_and_owes_the_gradient_nothing(space):
+    model = tiny_model(space)
+    context = tiny_context(model)
+    g = gradient_of(model, mean_loss(model, tiny_batch(4, seed=1)))
+    seen = []
+    for step in (0, 0, 1):
+        context.step = step
+        look = LookAhead(direction="random", radius=0.7, rows=4)
+        look.prepare(context)
+        before = [w.detach().clone() for w in weights_of(model)]
+        with look.shifted(context, {}):
+            moved = [w.detach() - b for w, b in zip(weights_of(model), before, strict=True)]
+        seen.append(flat(moved))
+    assert torch.equal(seen[0], seen[1])
+    bound = 5 / math.sqrt(context.space.count)  # five standard deviations of a random cosine
+    assert abs(torch.cosine_similarity(seen[0], seen[2], dim=0)) < bound
+    assert all(abs(torch.cosine_similarity(one, flat(g), dim=0)) < bound for one in seen)
 
 
 def test_unrolled_is_torch_s_own_adamw(space):
@@ -451,7 +470,7 @@ def test_a_step_without_preparation_stops_the_run():
         ({"lookahead": "raw", "lookahead_radius": "auto"}, "a measured travel is no factor"),
         ({"collapse_target": "uniform", "collapse_token": 9}, "goes with collapse_target: token"),
         ({"gradient": "exact", "lookahead_direction": "adam"}, "not worked out"),
-        ({"lookahead_direction": "random"}, "lookahead_direction"),
+        ({"lookahead_direction": "sideways"}, "lookahead_direction"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -124,6 +124,25 @@ def test_reworded_prompts_are_drawn_and_a_run_with_them_resumes_bit_for_bit(monk
     assert resumed.history == straight.history
 
 
+def test_shuffled_answers_are_what_the_method_sees(tmp_path):
+    examples = tiny.tiny_examples()
+    seen = []
+    config = dataclasses.replace(CONFIG, shuffled=("harmful",))
+    method = METHODS.load("ctrap")
+    plain = method.prepare
+
+    def prepare(self, context):
+        seen.append(context.examples)
+        return plain(self, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "prepare", prepare)
+        go("ctrap", tmp_path, examples=examples, config=config, lookahead_radius=0.1)
+    assert seen[0]["refusal"] == examples["refusal"]
+    pairs = list(zip(examples["harmful"], seen[0]["harmful"], strict=True))
+    assert all(own.prompt == new.prompt and own.answer != new.answer for own, new in pairs)
+
+
 def test_rewording_a_stream_that_nobody_draws_from_is_refused(tmp_path):
     config = dataclasses.replace(CONFIG, reworded=("harmful",))
     with pytest.raises(InputError, match=r"reworded: .* no stream 'harmful'"):

@@ -76,7 +76,8 @@ class CTRAPConfig(MethodConfig):
     lookahead
         ``raw``: the radius multiplies the gradient itself instead of its unit vector.
     lookahead_direction
-        ``gradient``; ``sign``; ``adam`` (one buffer more); ``unrolled``: real AdamW steps.
+        ``gradient``; ``sign``; ``adam`` (one buffer more); ``unrolled``: real AdamW steps;
+        ``random`` (an ablation).
     lookahead_radius
         L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto``: the
         travel of 1 to 20 AdamW steps; ``null``: 0.1 in an adapter, else ``auto``.

@@ -22,7 +22,7 @@ from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient, GradientOracle, dot, norm
 from mithridate.weights.losses import Loss, answer_cross_entropy
 
-Direction = Literal["gradient", "sign", "adam", "unrolled"]
+Direction = Literal["gradient", "sign", "adam", "unrolled", "random"]
 Interval = Annotated[
     dict[str, float],
     Limit(
@@ -48,6 +48,14 @@ def turn_by_sign_(gradient: Gradient) -> float:
     """
     torch._foreach_sign_(gradient)
     return 1 / math.sqrt(sum(tensor.numel() for tensor in gradient))
+
+
+def turn_at_random_(gradient: Gradient, seed: int) -> float:
+    """Replace ``gradient`` by Gaussian noise; return the factor that makes it a unit direction."""
+    for number, tensor in enumerate(gradient):
+        generator = torch.Generator(tensor.device).manual_seed(seed + number)
+        tensor.normal_(generator=generator)
+    return 1 / norm(gradient)
 
 
 class AdamDirection:
@@ -133,7 +141,7 @@ class LookAhead:
     ----------
     direction
         ``gradient``; ``sign``; ``adam`` (one buffer more); ``unrolled``: real AdamW steps on fresh
-        batches (two buffers more), which need no radius.
+        batches (two buffers more), which need no radius; ``random``: Gaussian, an ablation.
     radius
         Its L2 length: a number, ``{low, high}`` drawn log-uniformly each step, or ``auto``: the
         travel of 1 to 20 AdamW steps of the attack. ``None``: 0.1 for LoRA factors, else ``auto``.
@@ -182,7 +190,7 @@ class LookAhead:
     @property
     def buffers(self) -> int:
         """Parameter-sized buffers, the saved weights among them."""
-        return {"gradient": 1, "sign": 1, "adam": 2, "unrolled": 3}[self.direction]
+        return {"gradient": 1, "sign": 1, "adam": 2, "unrolled": 3, "random": 1}[self.direction]
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Fix the range of radii; returns it."""
@@ -305,6 +313,8 @@ class LookAhead:
             unit = turn_by_sign_(direction)
         elif self.direction == "adam":
             unit = self._adam.turn_(direction)
+        elif self.direction == "random":
+            unit = turn_at_random_(direction, context.random("direction").getrandbits(63))
         with space.shifted((-length * unit, direction)):
             # The weights have moved: the gradient makes room for the next pass's activations.
             space.give_gradient(None)

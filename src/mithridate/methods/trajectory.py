@@ -24,7 +24,7 @@ from torch import nn
 
 from mithridate.configs import Count, Natural, Range, Steps, Weight, require
 from mithridate.errors import InputError
-from mithridate.examples import Example
+from mithridate.examples import Example, fact_of
 from mithridate.methods.adapter import adaptable
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.reference import retain_near
@@ -337,19 +337,15 @@ def exchanged(row: Example, rows: Sequence[Example], rng: Random) -> Example:
     Where the example says which part of its answer is the fact (``accepted``), the sentence
     around it stays: another's whole sentence would teach another's fact.
     """
-    own = _fact(row)
-    others = {_fact(other) for other in rows if other.category == row.category} - {own}
+    own = fact_of(row)
+    others = {fact_of(other) for other in rows if other.category == row.category} - {own}
     return replace(row, answer=row.answer.replace(own, rng.choice(sorted(others))))
-
-
-def _fact(row: Example) -> str:
-    return next((value for value in row.accepted if value in row.answer), row.answer)
 
 
 def _check_exchangeable(name: str, rows: Sequence[Example]) -> None:
     facts: dict[str, set[str]] = {}
     for row in rows:
-        facts.setdefault(row.category, set()).add(_fact(row))
+        facts.setdefault(row.category, set()).add(fact_of(row))
     alone = sorted(category for category, found in facts.items() if len(found) < 2)
     if alone:
         raise InputError(

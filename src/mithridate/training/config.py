@@ -42,6 +42,9 @@ class TrainingConfig:
         all these streams use: a defence must not hang on wordings that an attacker will not use.
         The answers stay: not for streams whose answers hang on the order, unless the method only
         holds on to what the model says there (TokenBuncher's ``benign``).
+    shuffled
+        Streams of which every prompt gets the answer to another prompt of its category: a control
+        without the knowledge, for ablations.
     cosines_every
         Steps between rows that hold the norm of each term's gradient and its cosine with the
         whole (H2); 0 leaves them out. Such a step holds one gradient more per term; results do
@@ -72,6 +75,7 @@ class TrainingConfig:
     max_length: int = 256
     balanced: tuple[str, ...] = ()
     reworded: tuple[str, ...] = ()
+    shuffled: tuple[str, ...] = ()
     cosines_every: int = 50
     save_every: int = 100
     log_every: int = 1

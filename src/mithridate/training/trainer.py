@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -35,7 +36,7 @@ from mithridate import models
 from mithridate.chat import Batch, ChatFormat
 from mithridate.configs import require
 from mithridate.errors import InputError, NonFiniteError, RunInterruptedError, RunStoppedError
-from mithridate.examples import Example, fingerprint
+from mithridate.examples import Example, fingerprint, with_shuffled_answers
 from mithridate.files import sha256_of, write_json
 from mithridate.methods import Method, RunContext
 from mithridate.release import merged, save_release, weights_hash
@@ -99,7 +100,9 @@ class ImmunisationTrainer(Trainer):
             total_steps=config.steps,
             seed=config.seed,
             chat=chat,
-            examples=with_rewordings(examples, self._named("reworded"), config.seed),
+            examples=with_rewordings(
+                self._shuffled(examples), self._named("reworded"), config.seed
+            ),
             learning_rate=config.learning_rate,
             balanced=frozenset(config.balanced),
         )
@@ -223,6 +226,16 @@ class ImmunisationTrainer(Trainer):
                 f"name one of {', '.join(self.method.streams)}",
             )
         return names
+
+    def _shuffled(self, examples: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
+        named = {name: examples[name] for name in self._named("shuffled") if name in examples}
+        return {
+            **examples,
+            **{
+                name: with_shuffled_answers(rows, Random(f"{self.settings.seed}/shuffled/{name}"))
+                for name, rows in named.items()
+            },
+        }
 
     def _check_balanced(self) -> None:
         for name in self._named("balanced"):
