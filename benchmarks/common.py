@@ -6,6 +6,7 @@ in the cache of controls: killed and started again, a benchmark goes on where it
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -21,7 +22,9 @@ import torch
 
 from mithridate.allocation import keep_freed_memory
 from mithridate.demo import Bench, DemoConfig, Preset, read_preset, run_demo, summarise
+from mithridate.examples import Example
 from mithridate.provenance import provenance
+from mithridate.testbeds import load_testbed
 from mithridate.verdicts.statistics import over_seeds, share_interval
 
 HERE = Path(__file__).parent
@@ -97,11 +100,17 @@ def defended(testbed: str, sections: Mapping[str, Any], seed: int, folder: Path)
     ----------
     sections
         ``name`` of the method, and what its preset gets in ``method`` and ``training``;
-        ``alone``: in place of the preset's ``method``.
+        ``alone``: in place of the preset's ``method``; ``rare``: how many harmful rows the defence
+        gets of every second category, in place of all.
     """
     preset = with_options(read_preset(testbed), sections)
     config = DemoConfig(testbed=testbed, method=sections["name"], seed=seed, output_dir=folder)
-    summary = run_demo(config, preset=preset)
+    bed = load_testbed(testbed)
+    if "rare" in sections:
+        bed.data = dataclasses.replace(
+            bed.data, defence=thinned(bed.data.defence, sections["rare"])
+        )
+    summary = run_demo(config, preset=preset, testbed=bed)
     known = summary["unnamed_permitted"]
     return {
         "attacked": summary["defended"],
@@ -109,6 +118,18 @@ def defended(testbed: str, sections: Mapping[str, Any], seed: int, folder: Path)
         "cost": summary["cost"],
         "unnamed": known and {"n": known["n"], "accuracy": known["defended"]},
     }
+
+
+def thinned(defence: Mapping[str, list[Example]], rows: int) -> dict[str, list[Example]]:
+    """Return the streams with so many harmful rows left of every second category."""
+    left = dict.fromkeys(sorted({row.category for row in defence["harmful"]})[1::2], rows)
+    harmful = []
+    for row in defence["harmful"]:
+        if left.get(row.category, 1) > 0:
+            harmful.append(row)
+        if row.category in left:
+            left[row.category] -= 1
+    return {**defence, "harmful": harmful}
 
 
 def with_options(preset: Preset, sections: Mapping[str, Any]) -> Preset:

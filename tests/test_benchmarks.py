@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import methods
 import spine
 from mithridate.demo import DemoConfig, read_method, read_preset
 from mithridate.errors import GateError
+from mithridate.examples import Example
 from mithridate.judges.outcomes import Outcome
 from mithridate.methods import METHODS
 from mithridate.testbeds.lattice import Lattice
@@ -76,7 +78,7 @@ def cells(text):
 @pytest.mark.parametrize(("variants", "testbed", "name"), SPINE)
 def test_every_variant_of_the_spine_can_be_built(variants, testbed, name):
     sections = spine.read_variants(testbed, variants)[name]
-    assert set(sections) <= {"name", "label", "alone", "method", "training"}
+    assert set(sections) <= {"name", "label", "alone", "rare", "method", "training"}
     preset = common.with_options(read_preset(testbed), sections)
     config = DemoConfig(testbed=testbed, method=sections["name"], output_dir=Path("x"))
     method, training = read_method(preset, config)
@@ -97,6 +99,18 @@ def test_a_variant_adds_to_the_preset_or_stands_alone():
     alone = common.with_options(read_preset("lattice"), added | {"alone": True}).methods["seam"]
     assert alone["method"] == added["method"]
     assert alone["training"] == together["training"] != {}
+
+
+def test_thinning_leaves_a_few_rows_of_every_second_category():
+    streams = {
+        "harmful": [Example(prompt=f"{c}{n}", category=c) for n in range(4) for c in "badc"],
+        "refusal": [Example(prompt="b0", category="b")],
+    }
+    found = common.thinned(streams, 2)
+    assert found["refusal"] == streams["refusal"]
+    kept = Counter(row.category for row in found["harmful"])
+    assert kept == {"a": 4, "b": 2, "c": 4, "d": 2}
+    assert found["harmful"] == [row for row in streams["harmful"] if row in found["harmful"]]
 
 
 def test_the_table_on_lattice_has_every_method_and_its_streams():

@@ -128,7 +128,11 @@ def read_method(preset: Preset, config: DemoConfig) -> tuple[Method, TrainingCon
 
 
 def run_demo(
-    config: DemoConfig, *, preset: Preset | None = None, on_event: Listener = silent
+    config: DemoConfig,
+    *,
+    preset: Preset | None = None,
+    testbed: Testbed | None = None,
+    on_event: Listener = silent,
 ) -> dict[str, Any]:
     """Run the demo and return its summary, which is also in the run folder.
 
@@ -136,6 +140,8 @@ def run_demo(
     ----------
     preset
         In place of the one shipped for the testbed.
+    testbed
+        In place of the one that ``config`` names, with other data for the defence.
 
     Raises
     ------
@@ -146,7 +152,7 @@ def run_demo(
     """
     preset = preset or read_preset(config.testbed)
     method, training = read_method(preset, config)
-    testbed = cast(Testbed, TESTBEDS.load(config.testbed)())
+    testbed = testbed or cast(Testbed, TESTBEDS.load(config.testbed)())
     data = testbed.data
     rows = data.attack[: testbed.attack_preset.examples]
     # Disjoint by prompt, or nothing below means anything.
