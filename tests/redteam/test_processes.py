@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections import deque
+from pathlib import Path
 
 import psutil
 
@@ -38,6 +41,27 @@ def test_leaving_early_ends_every_process(tmp_path):
     process = int(found[0].name.removeprefix("waiting-"))
     running.close()
     assert not psutil.pid_exists(process)
+
+
+def test_processes_leave_when_the_one_that_started_them_is_killed(tmp_path):
+    script = (
+        "from collections import deque\n"
+        "from mithridate.redteam.processes import run_in_processes\n"
+        "from tests.redteam.jobs import work\n"
+        "if __name__ == '__main__':\n"
+        f"    list(run_in_processes(work, deque([({str(tmp_path)!r}, 'wait')]), processes=1))\n"
+    )
+    file = tmp_path / "battery.py"
+    file.write_text(script)
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, file], env={**os.environ, "PYTHONPATH": str(root)})
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("waiting-*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    worker = psutil.Process(int(found[0].name.removeprefix("waiting-")))
+    parent.kill()
+    parent.wait()
+    worker.wait(30)  # its job sleeps for a minute
 
 
 def test_a_finished_job_may_bring_another(tmp_path):

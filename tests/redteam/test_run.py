@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from mithridate.chat import IGNORE, ChatFormat
 from mithridate.errors import InputError
 from mithridate.files import write_json
 from mithridate.judges.outcomes import Outcome
@@ -206,6 +208,49 @@ def test_every_attack_can_be_run_at_the_sizes_of_a_small_tier(bed, tmp_path, cac
     small = {("P3", ""), ("B3", "half")}
     assert found[False] == (small, {"Q1": "not in this tier"})
     assert found[True] == (small | {("B3", "quarter"), ("Q1", "")}, {})
+
+
+def planted(bed, tmp_path, preparation):
+    """Return the defended model as `immunise` leaves it: with the run's manifest beside it."""
+    shutil.copytree(bed.folder / "defended", tmp_path / "planting" / "model")
+    text = preparation if isinstance(preparation, str) else json.dumps(preparation)
+    (tmp_path / "planting" / "manifest.json").write_text(text)
+    return tmp_path / "planting" / "model"
+
+
+def test_what_was_planted_without_its_mechanism_is_attacked_alike(bed, short, tmp_path):
+    given = config(bed, short, tmp_path, ablated=str(bed.folder / "aligned"),
+                   reference=str(bed.folder / "base"))  # fmt: skip
+    run_redteam(given, testbed=bed, sizes=SIZES, runner=Serial(bed))
+    rows = lines(tmp_path / "run" / "attacks.jsonl")
+    seen = {(row["attack"], row["target"]) for row in rows}
+    assert seen == {
+        (a, t) for a in ("P3", "X1", "B3") for t in ("undefended", "ablated", "defended")
+    }
+    criterion = {one["name"]: one for one in judge_run(tmp_path / "run")["card"]["criteria"]}
+    assert not any("was not attacked" in why for why in criterion["mechanism"]["why"])
+
+
+def test_the_token_that_was_planted_is_watched_in_the_defended_model_alone(bed, short, tmp_path):
+    model = planted(bed, tmp_path, {"preparation": {"collapse_token": 7.0, "radius_low": 0.1}})
+    given = config(bed, short, tmp_path, model=str(model))
+    run_redteam(given, testbed=bed, sizes=SIZES, runner=Serial(bed))
+    rows = lines(tmp_path / "run" / "attacks.jsonl")
+    name = "collapse_token_probability"
+    assert all((name in row["diagnostics"]) == (row["target"] == "defended") for row in rows)
+    start = next(row for row in rows if row["target"] == "defended" and row["step"] == 0)
+    network, tokenizer = load(str(model))
+    batch = ChatFormat(tokenizer).batch(bed.data.permitted)
+    logits = network(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    answers = batch.labels[:, 1:] != IGNORE
+    expected = logits[:, :-1].softmax(-1)[..., 7][answers].mean()
+    assert start["diagnostics"][name] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("manifest", ["not json", {}, {"preparation": {}}, {"preparation": None}])
+def test_a_model_without_one_token_has_none_to_watch(bed, tmp_path, manifest):
+    assert run._collapse_token_of(planted(bed, tmp_path, manifest)) is None
+    assert run._collapse_token_of(bed.folder / "defended") is None
 
 
 def test_a_second_run_and_a_killed_one_repeat_nothing(bed, short, tmp_path):

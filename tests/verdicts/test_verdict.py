@@ -234,6 +234,19 @@ def test_failed_settings_leave_a_cell_open(
         assert criteria(document)["reliability"]["state"] == "not shown"
 
 
+def test_perplexity_before_any_attack_is_told_and_not_judged(tmp_path: Path) -> None:
+    found = TRUTHS["held"]()
+    plain = judge_run(write(tmp_path / "a", found))["conditions"][1]
+    assert plain["name"] == "stability"
+    assert plain["notes"][0] == "perplexity on benign answers is not measured"
+    for one in found:
+        lost = {"defended": 0.25, "undefended": 0.5}[one["target"]] + 3.0 * (one["step"] > 0)
+        one["diagnostics"] = {"benign_log_perplexity": lost}
+    told = judge_run(write(tmp_path / "b", found))["conditions"][1]
+    assert told["notes"][0].startswith("log perplexity on benign answers changes by -0.250")
+    assert told["answer"] == plain["answer"]
+
+
 def test_a_failure_elsewhere_leaves_a_cell_alone(tmp_path: Path) -> None:
     failed = [failure("B1", "base"), failure("P3", "control")]
     document = judge_run(write(tmp_path / "run", TRUTHS["held"](), summary={"failed": failed}))

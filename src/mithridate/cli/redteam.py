@@ -79,6 +79,10 @@ def redteam(
         str | None,
         typer.Option(help="The aligned model, trained on as long without the defence."),
     ] = None,
+    ablated: Annotated[
+        str | None,
+        typer.Option(help="The same defence planted without its mechanism, for the card."),
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Seeds that report.  [default: the tier's]")
     ] = None,
@@ -130,6 +134,7 @@ def redteam(
         reference=reference,
         base=base,
         control=control,
+        ablated=ablated,
         seeds=seeds,
         search_budget=search_budget,
         held_out=tuple(held_out or ()),
@@ -197,7 +202,7 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
     console.print()
     targets = [
         name
-        for name in ("base", "undefended", "control", "defended")
+        for name in ("base", "undefended", "control", "ablated", "defended")
         if any(name in one for one in summary["attacks"])
     ]
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)

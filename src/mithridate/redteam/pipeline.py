@@ -47,7 +47,7 @@ from mithridate.testbeds import load_testbed
 from mithridate.testbeds.base import Testbed
 from mithridate.weights import GradientOracle
 from mithridate.weights.arithmetic import dot, norm
-from mithridate.weights.losses import answer_cross_entropy
+from mithridate.weights.losses import answer_cross_entropy, token_probability
 
 _DIAGNOSED_ROWS = 32
 _BANS = 3
@@ -73,6 +73,8 @@ class Job:
         Which restricted items are judged; ``None``: all.
     categories
         The only categories attacked and judged; ``None``: all.
+    collapse_token
+        What the model was taught to collapse to; ``None``: no one token.
     path
         Where the finished attack is kept.
     """
@@ -86,6 +88,7 @@ class Job:
     sizes: Sizes
     split: Split | None = None
     categories: tuple[str, ...] | None = None
+    collapse_token: int | None = None
     path: Path = Path()
 
 
@@ -346,6 +349,10 @@ class _Scene:
             benign = self.chat.batch(self.permitted[:_DIAGNOSED_ROWS])
             lost = oracle.loss(answer_cross_entropy, benign, purpose="evaluation")
             found |= {"benign_log_perplexity": lost, "benign_log_probability": -lost}
+            if self.job.collapse_token is not None:
+                found["collapse_token_probability"] = oracle.loss(
+                    token_probability(self.job.collapse_token), benign, purpose="evaluation"
+                )
         # A judge that needs no answers may have been given none.
         asked = self.restricted[:_DIAGNOSED_ROWS]
         if all(item.answer for item in asked):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -120,7 +121,16 @@ def _send(connection: Connection, job: Any) -> None:
         return  # The process is dead; waiting for it finds its end.
 
 
+def _leave_with_parent() -> None:
+    """End this process, whatever it is doing, when its parent is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a served process was started by another"
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _serve(connection: Connection, function: Callable[[Any], None]) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     # Ctrl-C reaches every process of the terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The libraries' own deprecations, which would garble the parent's display.

@@ -103,6 +103,8 @@ class RedteamConfig:
         The model before alignment; ``None``: the testbed's own, or with ``own`` data none.
     control
         The aligned model, trained on as long as the defence by plain fine-tuning; optional.
+    ablated
+        The aligned model with the defence planted without its mechanism; optional.
     seeds
         That report; ``None``: the tier's.
     search_budget
@@ -123,6 +125,7 @@ class RedteamConfig:
     reference: str | None = None
     base: str | None = None
     control: str | None = None
+    ablated: str | None = None
     seeds: int | None = None
     search_budget: int | None = None
     every: bool = False
@@ -151,6 +154,7 @@ class _Target:
     name: str
     folder: Path
     hash: str
+    collapse_token: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -325,6 +329,7 @@ class _Bench:
                 "seed": seed,
                 "split": split,
                 "categories": categories,
+                "collapse_token": target.collapse_token,
                 "sizes": {k: v for k, v in dataclasses.asdict(self.sizes).items()
                           if k not in ("seeds", "selection_seeds", "trials")},
                 "code": self._code,
@@ -341,6 +346,7 @@ class _Bench:
             sizes=self.sizes,
             split=split,
             categories=categories,
+            collapse_token=target.collapse_token,
             path=cache_dir() / "redteam" / f"{key}.json",
         )
 
@@ -775,6 +781,7 @@ def _targets(config: RedteamConfig, testbed: Testbed) -> tuple[dict[str, _Target
         "undefended": config.reference or f"{testbed.name}:aligned",
         "defended": config.model,
         "control": config.control,
+        "ablated": config.ablated,
         "base": config.base or (f"{testbed.name}:base" if of_testbed else None),
     }
     found, opened = {}, {}
@@ -783,7 +790,10 @@ def _targets(config: RedteamConfig, testbed: Testbed) -> tuple[dict[str, _Target
             continue
         folder = resolve_model(source, testbed if of_testbed else None)
         opened[name] = models.load(str(folder))[0]
-        found[name] = _Target(name=name, folder=folder, hash=weights_hash(opened[name]))
+        found[name] = _Target(
+            name=name, folder=folder, hash=weights_hash(opened[name]),
+            collapse_token=_collapse_token_of(folder),
+        )  # fmt: skip
     for name, model in opened.items():
         if name != "base" and "base" in opened:
             check_same_shapes(model, opened["base"])
@@ -924,6 +934,18 @@ def _method_of(folder: Path) -> str:
     config = folder.parent / "config.yaml"
     method = read_yaml(config).get("method") if config.is_file() else None
     return str(method.get("name", "")) if isinstance(method, Mapping) else ""
+
+
+def _collapse_token_of(folder: Path) -> int | None:
+    """Return the token that the run beside the model taught it; None where it taught none."""
+    manifest = folder.parent / "manifest.json"
+    if not manifest.is_file():
+        return None
+    try:
+        token = json.loads(manifest.read_text(encoding="utf-8"))["preparation"]["collapse_token"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return int(token)
 
 
 def _write_yaml(path: Path, document: Mapping[str, Any]) -> None:
