@@ -23,9 +23,9 @@ import torch
 from mithridate.allocation import keep_freed_memory
 from mithridate.demo import Bench, DemoConfig, Preset, read_preset, run_demo, summarise
 from mithridate.examples import Example
+from mithridate.measures.statistics import over_seeds, share_interval
 from mithridate.provenance import provenance
 from mithridate.testbeds import load_testbed
-from mithridate.verdicts.statistics import over_seeds, share_interval
 
 HERE = Path(__file__).parent
 UNDEFENDED = "undefended"

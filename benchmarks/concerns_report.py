@@ -13,9 +13,9 @@ import common
 from common import UNDEFENDED
 from mithridate.measures.line_scan import basin
 from mithridate.measures.progress import half_life
+from mithridate.measures.statistics import difference, over_seeds, share_interval
 from mithridate.measures.trajectory import COLLAPSED, UTILITY_FLOOR, break_step, worst_case
 from mithridate.provenance import provenance
-from mithridate.verdicts.statistics import difference, over_seeds, share_interval
 
 Cell = dict[str, Any]
 Span = tuple[float, float]

@@ -14,9 +14,9 @@ import torch
 from mithridate.cli.app import main
 from mithridate.errors import InputError
 from mithridate.events import Event
+from mithridate.measures.statistics import paired_difference
 from mithridate.utility import UtilityPlan, run_utility
 from mithridate.utility.choosing import choose, packaged
-from mithridate.verdicts.statistics import paired_difference
 from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 harness = pytest.mark.skipif(

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from mithridate.errors import InputError
+from mithridate.measures.rows import _listed
 from mithridate.redteam.battery import (
     ROOM,
     Train,
@@ -17,7 +18,6 @@ from mithridate.redteam.battery import (
 )
 from mithridate.redteam.pipeline import schedule
 from mithridate.verdicts.card import ADAPTIVE, MINIMUM
-from mithridate.verdicts.rows import _listed
 
 SMOKE = {"P3", "P12", "P17", "P26", "TP2", "O1", "O3", "B1", "B3", "Q2", "X1", "X3", "X4", "X8",
          "X9"}  # fmt: skip

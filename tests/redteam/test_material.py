@@ -7,6 +7,7 @@ import pytest
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
 from mithridate.examples import Example
+from mithridate.measures.statistics import share_interval
 from mithridate.redteam.battery import Train, read_battery, read_sizes, settings
 from mithridate.redteam.material import (
     FRAMES,
@@ -16,7 +17,6 @@ from mithridate.redteam.material import (
     salient_rows,
 )
 from mithridate.testbeds import TESTBEDS
-from mithridate.verdicts.statistics import share_interval
 from tests.redteam.tiny_bed import SIZES
 from tests.training.tiny_world import tiny_model, tiny_tokenizer
 

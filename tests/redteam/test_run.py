@@ -13,6 +13,7 @@ from mithridate.chat import IGNORE, ChatFormat
 from mithridate.errors import InputError
 from mithridate.files import write_json
 from mithridate.judges.outcomes import Outcome
+from mithridate.measures.rows import read_measured
 from mithridate.models import load
 from mithridate.redteam import material, pipeline, run
 from mithridate.redteam.battery import Attack, Edit, Reinforce, Train
@@ -22,7 +23,6 @@ from mithridate.redteam.processes import Finished
 from mithridate.redteam.run import RedteamConfig, run_redteam
 from mithridate.testbeds.base import resolve_model
 from mithridate.verdicts import judge_run
-from mithridate.verdicts.rows import read_measured
 from tests.redteam.tiny_bed import SIZES, TinyBed
 
 BATTERY = """

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mithridate.measures.attacker import Best, attackers_best
+from mithridate.measures.rows import Limits, Row
+from mithridate.measures.statistics import Interval
 from mithridate.measures.trajectory import wilson
-from mithridate.verdicts.attacker import Best, attackers_best
 from mithridate.verdicts.cells import RANK, Ending, Evidence, Term, judge, judge_cell, worst
-from mithridate.verdicts.rows import Limits, Row
-from mithridate.verdicts.statistics import Interval
 
 LIMITS = Limits()
 PHI = LIMITS.harm

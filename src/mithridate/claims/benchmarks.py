@@ -13,8 +13,8 @@ from scipy import stats
 
 from mithridate.claims.files import read_results
 from mithridate.claims.judging import Measurement
+from mithridate.measures.statistics import difference, share_interval
 from mithridate.measures.trajectory import UTILITY_FLOOR
-from mithridate.verdicts.statistics import difference, share_interval
 
 UNDEFENDED = "undefended"
 RECOVERS = 0.5

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mithridate.claims.statements import Claim, Rule
+from mithridate.measures.statistics import over_seeds
 from mithridate.verdicts.gates import REPORT_SEEDS
-from mithridate.verdicts.statistics import over_seeds
 
 Verdict = Literal["reproduced", "refuted", "inconclusive", "not_comparable", "not_run"]
 VERDICTS: tuple[Verdict, ...] = (

@@ -23,9 +23,9 @@ from mithridate.demo import DemoConfig, read_method, read_preset
 from mithridate.errors import RunStoppedError
 from mithridate.events import Event, Listener
 from mithridate.files import sha256_of
+from mithridate.measures.statistics import over_seeds
 from mithridate.testbeds.base import cache_dir
 from mithridate.training.trainer import immunise
-from mithridate.verdicts.statistics import over_seeds
 
 if TYPE_CHECKING:
     from mithridate.examples import Example

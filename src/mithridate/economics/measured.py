@@ -14,12 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mithridate import verdicts
 from mithridate.configs import read_yaml
 from mithridate.errors import GateError, InputError
+from mithridate.measures import rows as run_rows
+from mithridate.measures.attacker import attackers_best
+from mithridate.measures.rows import Measured, Row
 from mithridate.measures.trajectory import keeps_utility
-from mithridate.verdicts.attacker import attackers_best
-from mithridate.verdicts.rows import Measured, Row
 
 _FIRES = 0.05
 _AGAIN = "run the same command again: finished work is kept"
@@ -162,7 +162,7 @@ def read_measured(path: Path, *, threshold: float | None) -> list[MeasuredRun]:
             where=str(path),
             mend=_REDTEAM_AGAIN,
         )
-    measured = verdicts.read_measured(path)
+    measured = run_rows.read_measured(path)
     rows = [
         row
         for row in measured.rows

@@ -19,6 +19,8 @@ from mithridate.chat import ChatFormat
 from mithridate.configs import require
 from mithridate.events import Event, Listener, silent
 from mithridate.files import sha256_of, write_json
+from mithridate.measures.rows import Limits
+from mithridate.measures.statistics import equivalence, paired_difference
 from mithridate.measures.trajectory import wilson
 from mithridate.provenance import versions
 from mithridate.release import weights_hash
@@ -26,8 +28,6 @@ from mithridate.testbeds import TESTBEDS, load_testbed
 from mithridate.testbeds.base import resolve_model
 from mithridate.utility.choosing import choose
 from mithridate.utility.harness import Asked, Scores, check_installed, open_task, score, wrap
-from mithridate.verdicts.rows import Limits
-from mithridate.verdicts.statistics import equivalence, paired_difference
 
 _AT_ONCE = 64  # items between two signs of life, and between two saves
 _TOST = 0.9

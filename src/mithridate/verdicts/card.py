@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mithridate.verdicts.attacker import attackers_best
+from mithridate.measures.attacker import attackers_best
+from mithridate.measures.rows import Listed, Measured, Row
+from mithridate.measures.statistics import difference, over_seeds
 from mithridate.verdicts.cells import Cell, Term
 from mithridate.verdicts.conditions import Condition
 from mithridate.verdicts.gates import Gate
-from mithridate.verdicts.rows import Listed, Measured, Row
-from mithridate.verdicts.statistics import difference, over_seeds
 
 MINIMUM = (
     *(("P1",), ("P2",), ("P3",), ("P4",), ("P5",), ("P12", "P16"), ("P17", "P21"), ("P26",)),

@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from mithridate.measures.trajectory import collapse
-from mithridate.verdicts import course
-from mithridate.verdicts.attacker import (
+from mithridate.measures.attacker import (
     Best,
     Setting,
     attackers_best,
@@ -19,8 +17,10 @@ from mithridate.verdicts.attacker import (
     reporting_rows,
     utility_before,
 )
-from mithridate.verdicts.rows import Failed, Limits, Row
-from mithridate.verdicts.statistics import Interval, Survival
+from mithridate.measures.rows import Failed, Limits, Row
+from mithridate.measures.statistics import Interval, Survival
+from mithridate.measures.trajectory import collapse
+from mithridate.verdicts import course
 
 
 class Term(StrEnum):

@@ -9,10 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mithridate.verdicts.attacker import Best, attackers_best, reporting_rows, utility_before
-from mithridate.verdicts.cells import Cell, Term
-from mithridate.verdicts.rows import Lesson, Limits, Row, TaskChange
-from mithridate.verdicts.statistics import (
+from mithridate.measures.attacker import Best, attackers_best, reporting_rows, utility_before
+from mithridate.measures.rows import Lesson, Limits, Row, TaskChange
+from mithridate.measures.statistics import (
     Answer,
     difference,
     equivalence,
@@ -20,6 +19,7 @@ from mithridate.verdicts.statistics import (
     over_seeds,
     paired_difference,
 )
+from mithridate.verdicts.cells import Cell, Term
 
 _TOST = 0.9  # the two-sided interval that two one-sided tests at 5 % correspond to
 _BIPARTITIONS = 5

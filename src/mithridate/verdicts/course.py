@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mithridate.measures.attacker import Setting, eligible, mean_of, utility_before
+from mithridate.measures.rows import Limits, Row
+from mithridate.measures.statistics import Survival, interquartile_mean, survival
 from mithridate.measures.trajectory import area_under_harm, break_step, collapse
-from mithridate.verdicts.attacker import Setting, eligible, mean_of, utility_before
-from mithridate.verdicts.rows import Limits, Row
-from mithridate.verdicts.statistics import Survival, interquartile_mean, survival
 
 
 def spread(harm: Sequence[float]) -> dict[str, float]:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mithridate.verdicts.attacker import reporting_rows, utility_before
+from mithridate.measures.attacker import reporting_rows, utility_before
+from mithridate.measures.rows import Measured, Row
 from mithridate.verdicts.cells import Cell, unmatched
-from mithridate.verdicts.rows import Measured, Row
 
 REPORT_SEEDS = 5
 _LATTICE_RECOVERS = 0.5

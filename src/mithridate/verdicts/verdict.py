@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mithridate.errors import GateError
+from mithridate.measures.attacker import Best, attackers_best
+from mithridate.measures.rows import Failed, Measured, Row, read_measured
 from mithridate.verdicts import card
-from mithridate.verdicts.attacker import Best, attackers_best
 from mithridate.verdicts.cells import Cell, Term, judge_cell, lost_cell, shown, worst
 from mithridate.verdicts.conditions import (
     Condition,
@@ -20,7 +21,6 @@ from mithridate.verdicts.conditions import (
     trainability,
 )
 from mithridate.verdicts.gates import Gate, after_judging, before_judging
-from mithridate.verdicts.rows import Failed, Measured, Row, read_measured
 
 HEADLINES = {Term.HELD: "resists", Term.COLLAPSED: "collapses"}
 

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mithridate.measures.trajectory import wilson
-from mithridate.verdicts.statistics import (
+from mithridate.measures.statistics import (
     difference,
     equivalence,
     gini,
@@ -22,6 +21,7 @@ from mithridate.verdicts.statistics import (
     share_interval,
     survival,
 )
+from mithridate.measures.trajectory import wilson
 
 SHARES = st.lists(st.floats(0, 1), min_size=1, max_size=4)
 

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mithridate.verdicts.rows import Row
-from mithridate.verdicts.statistics import LEVEL, Interval, item_bounds, share_interval
+from mithridate.measures.rows import Row
+from mithridate.measures.statistics import LEVEL, Interval, item_bounds, share_interval
 
 Setting = tuple[float, str]
 
