@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,17 @@ Measure = Callable[[str, str, int, Path], Measured]
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What finished, by name in the order asked for, and why the rest did not, by (name, seed)."""
+    """What finished, by name in the order asked for, and why the rest did not, by (name, seed).
+
+    Attributes
+    ----------
+    earlier
+        Command, date and commit of the rows that were not measured this time.
+    """
 
     rows: dict[str, list[Measured]]
     failed: dict[tuple[str, int], BaseException]
+    earlier: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def measure_rows(
@@ -86,6 +93,30 @@ def measure_rows(
     if not rows[UNDEFENDED]:
         raise SystemExit("the undefended model could not be measured; the reason is above")
     return Found(rows={name: runs for name, runs in rows.items() if runs}, failed=failed)
+
+
+def beside_stored(found: Found, name: str, testbed: str, seeds: Sequence[int]) -> Found:
+    """Return what was measured together with the other rows of a stored table.
+
+    Raises
+    ------
+    SystemExit
+        There is no such table, or one of other seeds.
+    """
+    path = HERE / "results" / f"{name}-{testbed}.json"
+    if not path.exists():
+        raise SystemExit(f"{path}: no such table: measure all rows first, without --update")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored["seeds"] != list(seeds):
+        raise SystemExit(f"{path} holds the seeds {stored['seeds']}: give --seeds like these")
+    old = stored["rows"]
+    made = {key: stored[key] for key in ("command", "date", "commit")}
+    names = dict.fromkeys([*old, *found.rows])
+    return Found(
+        rows={n: found.rows[n] if n in found.rows else old[n]["runs"] for n in names},
+        failed=found.failed,
+        earlier={n: old[n].get("made", made) for n in names if n not in found.rows},
+    )
 
 
 def _settle() -> None:
@@ -244,7 +275,12 @@ def store(
         "testbed": testbed,
         "seeds": list(seeds),
         "rows": {
-            row: {"label": labels.get(row, row), "runs": runs} for row, runs in found.rows.items()
+            row: {
+                "label": labels.get(row, row),
+                **({"made": found.earlier[row]} if row in found.earlier else {}),
+                "runs": runs,
+            }
+            for row, runs in found.rows.items()
         },
         "failed": [
             {"row": row, "seed": seed, "error": str(error)}
@@ -273,11 +309,19 @@ def command(name: str, **options: Any) -> str:
 
 
 def failures(found: Found) -> str:
-    """Return a line for each row that did not finish at some seed."""
-    return "\n".join(
+    """Return a line for each row that did not finish at some seed or is of an earlier run."""
+    lines = [
         f"- {name} seed {seed} did not finish: {str(error).strip().splitlines()[0]}"
         for (name, seed), error in found.failed.items()
-    )
+    ]
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name, made in found.earlier.items():
+        together.setdefault((made["command"], made["date"], made["commit"]), []).append(name)
+    lines += [
+        f"- Of `{command}`, {date}, commit {commit}: {', '.join(names)}."
+        for (command, date, commit), names in together.items()
+    ]
+    return "\n".join(lines)
 
 
 def write(name: str, title: str, *parts: str) -> None:

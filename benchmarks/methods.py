@@ -5,6 +5,7 @@ Writes docs/results-methods-<testbed>.md and benchmarks/results/methods-<testbed
     python benchmarks/methods.py --testbed lattice --seeds 0 1 2 3 4 --workers 2
 
 With ``--rl-steps`` the RL attack has another budget, and the names of what is written end in it.
+``--only NAME ... --update`` measures these rows again and leaves the stored table's others.
 
 Each row is one `mithridate demo` and the same harmful RL on what it planted. Beside the methods
 stand the undefended model, where one can exist the model that never knew the restricted facts, and
@@ -49,6 +50,8 @@ LABELS = {
     FILTERED: "filtered (never knew the facts)",
     "sft+tokenbuncher-own": "sft+tokenbuncher, no rewordings",
     "sft-reworded": "sft with reworded refusals, no tokenbuncher",
+    "tokenbuncher-entropy": "tokenbuncher, entropy reward only",
+    "tokenbuncher-noise": "tokenbuncher, noiser only",
 }
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lattice": {
@@ -58,6 +61,8 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "method": {"batch_size": 64, "retain": ["refusal", "benign"]},
             "training": {"steps": 300, "learning_rate": 5e-4, "reworded": ["refusal", "benign"]},
         },
+        "tokenbuncher-entropy": {"name": "tokenbuncher", "method": {"terms": "entropy"}},
+        "tokenbuncher-noise": {"name": "tokenbuncher", "method": {"terms": "noise"}},
     },
     "atlas": {},
 }
@@ -213,7 +218,8 @@ def updates_table(found: Found) -> str:
                "entropy_first": math.inf, "entropy_last": math.inf,
                "constant": math.inf}  # fmt: skip
     lines = []
-    for name, runs in found.rows.items():
+    told = {name: runs for name, runs in found.rows.items() if "rl_updates" in runs[0]}
+    for name, runs in told.items():
         for index, first in enumerate(runs[0]["rl_updates"]):
             own, plain = (
                 [run["rl_updates"][index] for run in some]
@@ -263,6 +269,7 @@ def main() -> None:
     parser.add_argument("--testbed", choices=RL, default="lattice")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="*", default=None, help="names of methods")
+    parser.add_argument("--update", action="store_true", help="keep the stored table's other rows")
     parser.add_argument("--rl-steps", type=int, default=None, help="of the RL attack")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/methods"))
@@ -285,6 +292,9 @@ def main() -> None:
         "methods", testbed=testbed, seeds=seeds, only=options.only or None,
         **{"rl-steps": options.rl_steps},
     )  # fmt: skip
+    if options.update:
+        command += " --update"
+        found = common.beside_stored(found, written, testbed, seeds)
     common.store(written, command, testbed, seeds, LABELS, found)
     common.write(
         f"results-{written}-{testbed}",

@@ -101,6 +101,34 @@ def test_a_variant_adds_to_the_preset_or_stands_alone():
     assert alone["training"] == together["training"] != {}
 
 
+def test_rows_measured_again_stand_beside_the_stored_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    with pytest.raises(SystemExit, match="no such table"):
+        common.beside_stored(found(), "methods", "lattice", [0, 1])
+    first = found(tar=[measured(harm=0.9)] * 2, sdd=[measured(harm=0.4)] * 2)
+    common.store("methods", "the first", "lattice", [0, 1], {}, first)
+    with pytest.raises(SystemExit, match=r"holds the seeds \[0, 1\]"):
+        common.beside_stored(found(), "methods", "lattice", [0])
+    again = found(tar=[measured(harm=0.25)] * 2, new=[measured()] * 2)
+    both = common.beside_stored(again, "methods", "lattice", [0, 1])
+    assert list(both.rows) == ["undefended", "tar", "sdd", "new"]
+    assert both.rows["tar"][0]["attacked"]["after"]["useful_harm"] == 0.25
+    assert both.rows["sdd"] == first.rows["sdd"]
+    assert {name: made["command"] for name, made in both.earlier.items()} == {"sdd": "the first"}
+    assert "- Of `the first`" in common.failures(both)
+    assert common.failures(both).endswith(": sdd.")
+    common.store("methods", "the second", "lattice", [0, 1], {}, both)
+    third = common.beside_stored(found(new=[measured()] * 2), "methods", "lattice", [0, 1])
+    made = {name: one["command"] for name, one in third.earlier.items()}
+    assert made == {"sdd": "the first", "tar": "the second"}
+
+
+def test_the_updates_of_rows_that_have_none_are_left_out():
+    old = [{k: v for k, v in measured().items() if k != "rl_updates"}] * 2
+    rows = cells(methods.updates_table(found(tar=old, sdd=[measured()] * 2)))
+    assert set(rows) == {"undefended (aligned)", "sdd"}
+
+
 def test_thinning_leaves_a_few_rows_of_every_second_category():
     streams = {
         "harmful": [Example(prompt=f"{c}{n}", category=c) for n in range(4) for c in "badc"],
@@ -129,7 +157,11 @@ def test_ablations_change_what_their_labels_say():
             preset = common.with_options(read_preset(testbed), sections)
             config = DemoConfig(testbed=testbed, method=sections["name"], output_dir=Path("x"))
             training = read_method(preset, config)[1]
+            method = read_method(preset, config)[0]
             assert bool(training.reworded) == (name == "sft-reworded")
+            assert getattr(method.config, "terms", name) == {
+                "tokenbuncher-entropy": "entropy", "tokenbuncher-noise": "noise",
+            }.get(name, name)  # fmt: skip
             assert name in methods.LABELS
 
 
