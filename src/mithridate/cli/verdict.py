@@ -30,11 +30,16 @@ def verdict(
     """Say what a run folder's measurements allow."""
     from mithridate.errors import InputError
     from mithridate.files import write_json
+    from mithridate.measures.rows import read_measured
     from mithridate.reports import render_report
+    from mithridate.reports.tamperbench import heat_map
     from mithridate.verdicts import judge_run
 
     document = judge_run(run_dir, beside=tuple(beside or ()))
     write_json(run_dir / "verdict.json", document)
+    heat = heat_map(read_measured(run_dir))
+    if heat is not None:
+        write_json(run_dir / "tamperbench.json", heat)
     try:
         page = f"Report: {render_report(run_dir, verdict=document)}"
     except InputError as error:
