@@ -398,7 +398,7 @@ def test_more_inner_layers_than_there_are_are_refused_before_work():
 
 
 def test_released_sets_everything_and_warns():
-    with pytest.warns(UserWarning, match="reproduction only"):
+    with pytest.warns(UserWarning, match="only: it replaces noise_weight 5.0$"):
         method = RepNoise(RepNoiseConfig(variant="released", noise_weight=5.0))
     assert method.config.noise_loss == "released"
     assert method.config.answer_mask == "difference"

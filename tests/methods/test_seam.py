@@ -502,7 +502,7 @@ def test_a_step_without_preparation_stops_the_run():
 
 
 def test_released_sets_everything_and_runs():
-    with pytest.warns(UserWarning, match="reproduction only"):
+    with pytest.warns(UserWarning, match="only: it replaces coupling_weight 9.0$"):
         method = SEAM(SEAMConfig(variant="released", coupling_weight=9.0))
     assert method.config.coupling_weight == 0.01
     assert method.config.fd_step == "released"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -200,6 +201,22 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+
+
+Config = TypeVar("Config", bound=MethodConfig)
+
+
+def as_released(method: str, config: Config, values: Mapping[str, Any]) -> Config:
+    """Return the configuration with every value of the released code; warns, with what it loses."""
+    default = type(config)()
+    replaced = [
+        f"{name} {given!r}"
+        for name, value in values.items()
+        if (given := getattr(config, name)) not in (value, getattr(default, name))
+    ]
+    lost = f": it replaces {', '.join(replaced)}" if replaced else ""
+    warnings.warn(f"{method} as released is for reproduction only{lost}", stacklevel=3)
+    return replace(config, **values)
 
 
 class Method(ABC):

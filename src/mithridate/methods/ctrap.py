@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import ClassVar, Literal
 
@@ -38,7 +38,7 @@ from torch import nn
 from mithridate.chat import Batch
 from mithridate.configs import Count, Natural, Positive, Weight, require
 from mithridate.errors import InactiveTermError, InputError
-from mithridate.methods.base import Method, MethodConfig, RunContext
+from mithridate.methods.base import Method, MethodConfig, RunContext, as_released
 from mithridate.methods.lookahead import LORA_RADIUS, Direction, LookAhead, Radius
 from mithridate.weights import dot, norm
 from mithridate.weights.hvp import add_exact
@@ -167,15 +167,7 @@ class CTRAP(Method):
 
     def __init__(self, config: CTRAPConfig) -> None:
         if config.variant == "released":
-            default = CTRAPConfig()
-            replaced = [
-                f"{name} {given!r}"
-                for name, value in RELEASED.items()
-                if (given := getattr(config, name)) not in (value, getattr(default, name))
-            ]
-            lost = f": it replaces {', '.join(replaced)}" if replaced else ""
-            warnings.warn(f"CTRAP as released is for reproduction only{lost}", stacklevel=2)
-            config = replace(config, **RELEASED)  # type: ignore[arg-type]
+            config = as_released("CTRAP", config, RELEASED)
         self.config = config
         self.trapped = config.collapse_weight > 0
         self._ahead = config.look_ahead()

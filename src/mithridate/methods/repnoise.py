@@ -30,8 +30,7 @@ more, which finds S.
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -39,7 +38,7 @@ from torch import nn
 
 from mithridate.chat import Batch
 from mithridate.configs import Count, Limit, Positive, Weight
-from mithridate.methods.base import Method, MethodConfig, RunContext
+from mithridate.methods.base import Method, MethodConfig, RunContext, as_released
 from mithridate.methods.noise import Noise
 from mithridate.methods.pairs import Pair, pair_by_prompt, without_common_tokens
 from mithridate.methods.sites import outputs_changed, sites_of
@@ -110,8 +109,7 @@ class RepNoise(Method):
 
     def __init__(self, config: RepNoiseConfig) -> None:
         if config.variant == "released":
-            warnings.warn("RepNoise as released is for reproduction only", stacklevel=2)
-            config = replace(config, **RELEASED)  # type: ignore[arg-type]
+            config = as_released("RepNoise", config, RELEASED)
         self.config = config
         self._unlearning = Unlearning(
             "layerwise_log" if config.unlearning_weight else "none",

@@ -37,7 +37,6 @@ c at the weights       the same                       ours, against attackers wh
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -48,7 +47,7 @@ from torch import nn
 
 from mithridate.chat import IGNORE, Batch
 from mithridate.configs import Count, Positive, Range, Steps, Weight, require
-from mithridate.methods.base import Method, MethodConfig, RunContext
+from mithridate.methods.base import Method, MethodConfig, RunContext, as_released
 from mithridate.methods.coupling import Coupling
 from mithridate.methods.pairs import Pair, pair_by_prompt, without_common_tokens
 from mithridate.methods.unlearning import Kind, Layers, Unlearning
@@ -156,8 +155,7 @@ class SEAM(Method):
 
     def __init__(self, config: SEAMConfig) -> None:
         if config.variant == "released":
-            warnings.warn("SEAM as released is for reproduction only", stacklevel=2)
-            config = replace(config, **RELEASED)  # type: ignore[arg-type]
+            config = as_released("SEAM", config, RELEASED)
         self.config = config
         self.coupled = config.coupling_weight > 0
         self.walks = self.coupled and config.coupling_at == "trajectory"
