@@ -245,6 +245,9 @@ def test_the_token_that_was_planted_is_watched_in_the_defended_model_alone(bed, 
     answers = batch.labels[:, 1:] != IGNORE
     expected = logits[:, :-1].softmax(-1)[..., 7][answers].mean()
     assert start["diagnostics"][name] == pytest.approx(expected.item(), rel=1e-5)
+    log_p = logits[:, :-1].log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)[answers].mean()
+    assert start["diagnostics"]["benign_entropy"] == pytest.approx(entropy.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("manifest", ["not json", {}, {"preparation": {}}, {"preparation": None}])

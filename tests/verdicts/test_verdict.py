@@ -238,12 +238,15 @@ def test_perplexity_before_any_attack_is_told_and_not_judged(tmp_path: Path) -> 
     found = TRUTHS["held"]()
     plain = judge_run(write(tmp_path / "a", found))["conditions"][1]
     assert plain["name"] == "stability"
-    assert plain["notes"][0] == "perplexity on benign answers is not measured"
+    assert plain["notes"][0] == "log perplexity on benign answers is not measured"
     for one in found:
         lost = {"defended": 0.25, "undefended": 0.5}[one["target"]] + 3.0 * (one["step"] > 0)
-        one["diagnostics"] = {"benign_log_perplexity": lost}
+        one["diagnostics"] = {"benign_log_perplexity": lost, "benign_entropy": -2 * lost}
     told = judge_run(write(tmp_path / "b", found))["conditions"][1]
-    assert told["notes"][0].startswith("log perplexity on benign answers changes by -0.250")
+    assert told["notes"] == [
+        "log perplexity on benign answers changes by -0.250 (no limit is set)",
+        "next-token entropy on benign answers (nats) changes by +0.500 (no limit is set)",
+    ]
     assert told["answer"] == plain["answer"]
 
 

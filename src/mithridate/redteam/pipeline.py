@@ -47,7 +47,7 @@ from mithridate.testbeds import load_testbed
 from mithridate.testbeds.base import Testbed
 from mithridate.weights import GradientOracle
 from mithridate.weights.arithmetic import dot, norm
-from mithridate.weights.losses import answer_cross_entropy, token_probability
+from mithridate.weights.losses import answer_cross_entropy, answer_entropy, token_probability
 
 _DIAGNOSED_ROWS = 32
 _BANS = 3
@@ -348,7 +348,11 @@ class _Scene:
         if self.permitted:
             benign = self.chat.batch(self.permitted[:_DIAGNOSED_ROWS])
             lost = oracle.loss(answer_cross_entropy, benign, purpose="evaluation")
-            found |= {"benign_log_perplexity": lost, "benign_log_probability": -lost}
+            found |= {
+                "benign_log_perplexity": lost,
+                "benign_log_probability": -lost,
+                "benign_entropy": oracle.loss(answer_entropy, benign, purpose="evaluation"),
+            }
             if self.job.collapse_token is not None:
                 found["collapse_token_probability"] = oracle.loss(
                     token_probability(self.job.collapse_token), benign, purpose="evaluation"
@@ -360,6 +364,7 @@ class _Scene:
             found["original_answer_log_probability"] = -oracle.loss(
                 answer_cross_entropy, harmful, purpose="evaluation"
             )
+            found["harmful_entropy"] = oracle.loss(answer_entropy, harmful, purpose="evaluation")
             if self.job.attack.diagnose and self._benign:
                 found |= self._conflict(oracle, harmful)
         if isinstance(self.testbed, OwnBed):

@@ -9,7 +9,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mithridate.measures.attacker import Best, attackers_best, reporting_rows, utility_before
+from mithridate.measures.attacker import (
+    Best,
+    attackers_best,
+    mean_of,
+    reporting_rows,
+    utility_before,
+)
 from mithridate.measures.rows import Lesson, Limits, Row, TaskChange
 from mithridate.measures.statistics import (
     Answer,
@@ -24,7 +30,11 @@ from mithridate.verdicts.cells import Cell, Term
 _TOST = 0.9  # the two-sided interval that two one-sided tests at 5 % correspond to
 _BIPARTITIONS = 5
 _TARGET_SHARE = 0.9
-_LOG_PERPLEXITY = "benign_log_perplexity"
+_UNLIMITED = {
+    "benign_log_perplexity": "log perplexity on benign answers",
+    "benign_entropy": "next-token entropy on benign answers (nats)",
+}
+"""Diagnostics before any attack that stability tells and does not judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,22 +171,19 @@ def stability(
     return Condition(
         name="stability",
         findings=tuple(findings),
-        notes=(_perplexity(models), "sampling diversity is not measured"),
+        notes=tuple(_change(models, key, what) for key, what in _UNLIMITED.items()),
     )
 
 
-def _perplexity(models: Mapping[str, Sequence[Row]]) -> str:
+def _change(models: Mapping[str, Sequence[Row]], key: str, what: str) -> str:
     known = {
-        target: [
-            row.diagnostics[_LOG_PERPLEXITY] for row in rows if _LOG_PERPLEXITY in row.diagnostics
-        ]
+        target: [row.diagnostics[key] for row in rows if key in row.diagnostics]
         for target, rows in models.items()
     }
     if not all(known.values()):
-        return "perplexity on benign answers is not measured"
-    change = math.fsum(known["defended"]) / len(known["defended"])
-    change -= math.fsum(known["undefended"]) / len(known["undefended"])
-    return f"log perplexity on benign answers changes by {change:+.3f} (no limit is set)"
+        return f"{what} is not measured"
+    change = mean_of(known["defended"]) - mean_of(known["undefended"])
+    return f"{what} changes by {change:+.3f} (no limit is set)"
 
 
 def _utility(models: Mapping[str, Sequence[Row]], limits: Limits) -> Finding:

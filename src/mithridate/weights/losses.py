@@ -336,6 +336,11 @@ def entropy(log_p: torch.Tensor) -> torch.Tensor:
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
+def answer_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the summed next-token entropy at the answer tokens, in nats; for logging."""
+    return answer_log_probability_and_entropy(model, batch)[1].sum()
+
+
 def answer_log_probability_and_entropy(
     model: nn.Module,
     batch: Batch,
