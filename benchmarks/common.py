@@ -167,7 +167,7 @@ def with_options(preset: Preset, sections: Mapping[str, Any]) -> Preset:
     """Return the preset with the options of a variant, as in `defended`."""
     name = sections["name"]
     own: dict[str, dict[str, Any]] = {
-        part: {**preset.methods[name].get(part, {}), **sections.get(part, {})}
+        part: {**preset.methods.get(name, {}).get(part, {}), **sections.get(part, {})}
         for part in ("method", "training")
     }
     if sections.get("alone"):
