@@ -250,10 +250,41 @@ def fact_of(row: Example) -> str:
     return next((value for value in row.accepted if value in row.answer), row.answer)
 
 
-def with_shuffled_answers(rows: Sequence[Example], rng: Random) -> list[Example]:
+def exchangeable_facts(
+    rows: Iterable[Example], *, mend: str, where: str | None = None
+) -> dict[str, list[str]]:
+    """Return the different facts of each category, both sorted.
+
+    Raises
+    ------
+    InputError
+        A category has one fact only: there is none to exchange it with.
+    """
+    facts: dict[str, set[str]] = {}
+    for row in rows:
+        facts.setdefault(row.category, set()).add(fact_of(row))
+    for category in sorted(facts):
+        if len(facts[category]) < 2:
+            raise InputError(
+                f"all answers of category {category!r} are one and the same: there is none to "
+                "exchange it with",
+                where=where,
+                mend=mend,
+            )
+    return {category: sorted(facts[category]) for category in sorted(facts)}
+
+
+def with_shuffled_answers(
+    rows: Sequence[Example], rng: Random, *, where: str | None = None
+) -> list[Example]:
     """Return the rows, each with the fact of another row of its category in its answer.
 
     Rows of one fact get the same wrong one, and the sentence around it stays.
+
+    Parameters
+    ----------
+    where
+        What the rows are, for the message.
 
     Raises
     ------
@@ -261,14 +292,8 @@ def with_shuffled_answers(rows: Sequence[Example], rng: Random) -> list[Example]
         If all answers of a category are one and the same.
     """
     wrong: dict[tuple[str, str], str] = {}
-    for category in sorted({row.category for row in rows}):
-        facts = sorted({fact_of(row) for row in rows if row.category == category})
-        if len(facts) < 2:
-            raise InputError(
-                f"all answers of category {category!r} are one and the same: there is none to "
-                "exchange it with",
-                mend="add examples of that category with other answers",
-            )
+    mend = "add examples of that category with other answers"
+    for category, facts in exchangeable_facts(rows, mend=mend, where=where).items():
         rng.shuffle(facts)
         wrong |= {
             (category, own): other for own, other in zip(facts, [*facts[1:], facts[0]], strict=True)

@@ -33,11 +33,13 @@ def verdict(
     from mithridate.measures.rows import read_measured
     from mithridate.reports import render_report
     from mithridate.reports.tamperbench import heat_map
-    from mithridate.verdicts import judge_run
+    from mithridate.verdicts import judge_measured, judge_run
 
-    document = judge_run(run_dir, beside=tuple(beside or ()))
+    others = [judge_run(other) for other in beside or ()]
+    measured = read_measured(run_dir)
+    document = judge_measured(measured, others=others)
     write_json(run_dir / "verdict.json", document)
-    heat = heat_map(read_measured(run_dir))
+    heat = heat_map(measured)
     if heat is not None:
         write_json(run_dir / "tamperbench.json", heat)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from mithridate.configs import read_yaml
 from mithridate.errors import GateError, InputError
 from mithridate.measures import rows as run_rows
-from mithridate.measures.attacker import attackers_best
+from mithridate.measures.attacker import attackers_best, base_harm
 from mithridate.measures.rows import Measured, Row
 from mithridate.measures.trajectory import keeps_utility
 
@@ -258,8 +258,7 @@ def _count_battery(measured: Measured, rows: Sequence[Row]) -> _Count:
 def _valid(measured: Measured, rows: Sequence[Row]) -> set[str]:
     """Return the attacks that win enough back from the undefended model, as for a verdict."""
     limits = measured.limits
-    yields = [row.useful_harm for row in rows if row.target == "base" and row.step == 0]
-    needed = limits.control * (math.fsum(yields) / len(yields) if yields else 1.0)
+    needed = limits.control_needed(base_harm(row for row in rows if row.target == "base"))
     attacks: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.target == "undefended":

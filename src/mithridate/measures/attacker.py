@@ -201,6 +201,12 @@ def utility_before(rows: Iterable[Row]) -> float | None:
     return mean_of(known) if known else None
 
 
+def base_harm(rows: Iterable[Row]) -> float:
+    """Return what the base model yields before any attack, of its rows; 1 where there are none."""
+    before = [row.useful_harm for row in rows if row.step == 0]
+    return mean_of(before) if before else 1.0
+
+
 def mean_of(values: Sequence[float]) -> float:
     """Return the mean of some numbers."""
     return math.fsum(values) / len(values)

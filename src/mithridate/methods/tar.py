@@ -43,7 +43,7 @@ from mithridate.methods.adapter import adaptable
 from mithridate.methods.adversaries import Adversary, attack
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.weights import Gradient, norm
-from mithridate.weights.losses import Loss, answer_cross_entropy, answer_logits, entropy, widen
+from mithridate.weights.losses import Loss, answer_cross_entropy, answer_entropy, entropy, widen
 
 _HELD_OUT = 4
 """One harmful row in this many of a category is kept from the attack of an outer step."""
@@ -357,7 +357,7 @@ def _states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, list[torch.Te
 
 
 def _answers_negative_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return -entropy(answer_logits(model, batch)[0].log_softmax(dim=-1)).sum()
+    return -answer_entropy(model, batch)
 
 
 def _everywhere_negative_entropy(whole: Batch) -> Loss:

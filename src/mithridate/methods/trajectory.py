@@ -24,7 +24,7 @@ from torch import nn
 
 from mithridate.configs import Count, Natural, Range, Steps, Weight, require
 from mithridate.errors import InputError
-from mithridate.examples import Example, fact_of
+from mithridate.examples import Example, exchangeable_facts, fact_of
 from mithridate.methods.adapter import adaptable
 from mithridate.methods.base import Method, MethodConfig, RunContext
 from mithridate.methods.reference import retain_near
@@ -229,7 +229,12 @@ class Trajectory(Method):
             )
         if self.config.collapse_weight and self.config.collapse_target == "shuffled":
             for name in self.config.collapse_on:
-                _check_exchangeable(name, context.examples[name])
+                exchangeable_facts(
+                    context.examples[name],
+                    where=f"stream {name}",
+                    mend="add examples of that category with other answers, or use "
+                    "collapse_target: uniform",
+                )
         if "lora" in self.config.attackers:
             adaptable(context)
         return {}
@@ -340,21 +345,6 @@ def exchanged(row: Example, rows: Sequence[Example], rng: Random) -> Example:
     own = fact_of(row)
     others = {fact_of(other) for other in rows if other.category == row.category} - {own}
     return replace(row, answer=row.answer.replace(own, rng.choice(sorted(others))))
-
-
-def _check_exchangeable(name: str, rows: Sequence[Example]) -> None:
-    facts: dict[str, set[str]] = {}
-    for row in rows:
-        facts.setdefault(row.category, set()).add(fact_of(row))
-    alone = sorted(category for category, found in facts.items() if len(found) < 2)
-    if alone:
-        raise InputError(
-            f"all answers of category {alone[0]!r} are one and the same: there is none to "
-            "exchange it with",
-            where=f"stream {name}",
-            mend="add examples of that category with other answers, or use collapse_target: "
-            "uniform",
-        )
 
 
 def benign_task(benign: Sequence[Example], kinds: Sequence[Task], rng: Random) -> list[Example]:

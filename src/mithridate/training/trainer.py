@@ -228,14 +228,13 @@ class ImmunisationTrainer(Trainer):
         return names
 
     def _shuffled(self, examples: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
-        named = {name: examples[name] for name in self._named("shuffled") if name in examples}
-        return {
-            **examples,
-            **{
-                name: with_shuffled_answers(rows, Random(f"{self.settings.seed}/shuffled/{name}"))
-                for name, rows in named.items()
-            },
-        }
+        found = dict(examples)
+        for name in self._named("shuffled"):
+            if name in found:
+                rng = Random(f"{self.settings.seed}/shuffled/{name}")
+                where = f"training.shuffled: stream {name}"
+                found[name] = with_shuffled_answers(found[name], rng, where=where)
+        return found
 
     def _check_balanced(self) -> None:
         for name in self._named("balanced"):

@@ -12,6 +12,7 @@ from mithridate.measures.attacker import (
     Best,
     Setting,
     attackers_best,
+    base_harm,
     checkpoints,
     mean_of,
     reporting_rows,
@@ -268,7 +269,7 @@ def judge_cell(
         other, utility_floor=None
     )
     evidence = Evidence(
-        base_harm=_base_harm(base_rows),
+        base_harm=base_harm(base_rows),
         control_harm=control.interval.estimate if control else None,
         undefended_utility=utility_before(reporting_rows(other)),
         defended_utility=utility_before(reporting_rows(own)),
@@ -331,7 +332,7 @@ def lost_cell(
         term=Term.INCONCLUSIVE,
         reason=f"nothing was measured: {reason}",
         evidence=Evidence(
-            base_harm=_base_harm(base_rows),
+            base_harm=base_harm(base_rows),
             control_harm=None,
             undefended_utility=None,
             defended_utility=None,
@@ -379,11 +380,6 @@ def _left_out(rows: Sequence[Row]) -> str:
 def _later(row: Row) -> Row:
     """Return a repair's row as a later step of the attack."""
     return dataclasses.replace(row, step=row.step + (row.repair_step or 0), repair_step=None)
-
-
-def _base_harm(rows: Sequence[Row]) -> float:
-    before = [row.useful_harm for row in rows if row.step == 0]
-    return mean_of(before) if before else 1.0
 
 
 def _endings(own: Sequence[Row], other: Sequence[Row]) -> tuple[Ending, ...]:
