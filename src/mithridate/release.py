@@ -10,13 +10,23 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from mithridate.errors import RunStoppedError
 from mithridate.files import sha256_file, sync
+from mithridate.models import positions
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PROBE = "The quick brown fox jumps over the lazy dog. What is the capital of France? 12 + 30 ="
+DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16
+}  # fmt: skip
+"""Types that a model can be released in, by name."""
+
+MERGE_BOUND = 1e-3
+"""Largest share of the logits' size by which merging an adapter may move them: rounding is 1e-6."""
+
+_PROBED = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,35 +36,64 @@ class Release:
     Attributes
     ----------
     model
-        The plain model in it: an adapter is merged.
+        The plain model in it, in float32 with the values that were written: an adapter is merged,
+        and what a narrower type rounds away is gone.
     folder
         Where it lies.
     hashes
         SHA-256 of each file.
     merge_difference
-        Largest difference between the logits of the adapter model and of the merged one on a
-        fixed sentence; 0 without an adapter.
+        Largest difference between the logits of the adapter model and of the merged one on fixed
+        tokens; 0 without an adapter.
+    dtype
+        Name of the type of its weights.
+    rounding_difference
+        Largest difference that rounding to that type made to the same logits.
     """
 
     model: PreTrainedModel
     folder: Path
     hashes: dict[str, str]
     merge_difference: float
+    dtype: str
+    rounding_difference: float
 
 
 def save_release(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    dtype: str | None = None,
 ) -> Release:
     """Write ``model`` and ``tokenizer`` to ``folder``, replacing what is there, atomically.
 
     An adapter is merged in float32 (in bfloat16 the merge moves the logits); ``model`` is then
     used up.
+
+    Parameters
+    ----------
+    dtype
+        One of `DTYPES` to write the weights in; ``None`` writes them as they are.
+
+    Raises
+    ------
+    RunStoppedError
+        The merge moves the logits, or a weight is too large for ``dtype``; nothing is written.
     """
     plain, difference = merged(model, tokenizer)
+    own = next(plain.parameters()).dtype
+    moved = 0.0
+    if dtype is not None and DTYPES[dtype] != own:
+        before = _probe_logits(plain, tokenizer)
+        _convert(plain, DTYPES[dtype])
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     plain.save_pretrained(partial)
+    if dtype is not None and DTYPES[dtype] != own:
+        _convert(plain, own)
+        moved = float((_probe_logits(plain, tokenizer) - before).abs().max())
     tokenizer.save_pretrained(partial)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in [*files, partial]:
@@ -75,6 +114,8 @@ def save_release(
             path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()
         },
         merge_difference=difference,
+        dtype=dtype or str(own).removeprefix("torch."),
+        rounding_difference=moved,
     )
 
 
@@ -93,20 +134,73 @@ def merged(
 ) -> tuple[PreTrainedModel, float]:
     """Return ``model`` with its adapter, if it has one, merged in float32.
 
-    The second value is the largest difference that made to the logits of a fixed sentence.
+    The second value is the largest difference that made to the logits of fixed tokens.
+
+    Raises
+    ------
+    RunStoppedError
+        The merged model is not the trained one: at half the positions some logit moved by more
+        than `MERGE_BOUND` of the largest.
     """
     merge = getattr(model, "merge_and_unload", None)
     if merge is None:
         return cast("PreTrainedModel", model), 0.0
     model.float()
     before = _probe_logits(model, tokenizer)
-    plain: PreTrainedModel = merge(safe_merge=True)
-    return plain, float((_probe_logits(plain, tokenizer) - before).abs().max())
+    try:
+        plain: PreTrainedModel = merge(safe_merge=True)
+    except ValueError as error:
+        raise RunStoppedError(f"the adapter cannot be merged: {error}") from None
+    moved = (_probe_logits(plain, tokenizer) - before).abs().amax(dim=-1)
+    # Rounding may send a token to another expert, which says nothing of the merge: hence half.
+    size = float(before.abs().max())
+    if not float(moved.median()) <= MERGE_BOUND * size:
+        raise RunStoppedError(
+            f"merging the adapter moves logits of up to {size:.2g} by {float(moved.max()):.2g}: "
+            "the merged model is not the one that was trained, and none is released. Name other "
+            "lora_targets, or plant in all weights"
+        )
+    return plain, float(moved.max())
+
+
+def round_weights(model: PreTrainedModel, dtype: str | None) -> None:
+    """Give the weights the values that a release in ``dtype`` holds; their type stays.
+
+    Raises
+    ------
+    RunStoppedError
+        A weight is too large for ``dtype``.
+    """
+    own = next(model.parameters()).dtype
+    if dtype is not None:
+        _convert(model, DTYPES[dtype])
+        _convert(model, own)
+
+
+def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    kept = {
+        f".{name}."
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for name in getattr(model, attribute, None) or ()
+    }
+    for name, weight in model.named_parameters():
+        if any(one in f".{name}." for one in kept):
+            continue
+        weight.data = weight.data.to(dtype)
+        if not weight.isfinite().all():
+            raise RunStoppedError(
+                f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot: set "
+                "training.save_dtype to float32 or bfloat16"
+            )
 
 
 def _probe_logits(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     device = next(model.parameters()).device
-    ids = tokenizer(_PROBE, return_tensors="pt").input_ids.to(device)
+    # Tokens of every part of the vocabulary, but none that stands for an image or ends a turn.
+    odd = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    plain = sorted(set(tokenizer.get_vocab().values()) - odd)
+    count = min(_PROBED, positions(cast("PreTrainedModel", model)) or _PROBED)
+    ids = torch.tensor([plain[:: max(1, len(plain) // count)][:count]], device=device)
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -15,7 +15,7 @@ from mithridate.reports.model_card import write_model_card
 def run_dir(tmp_path: Path) -> Path:
     settings = {
         "method": {"name": "ctrap+sft", "parts": [{"encoder": str(tmp_path / "minilm")}]},
-        "training": {"lora_rank": 4, "seed": 7, "steps": 30},
+        "training": {"lora_rank": 4, "seed": 7, "steps": 30, "save_dtype": "bfloat16"},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "model").mkdir()
@@ -27,7 +27,7 @@ def test_a_public_base_is_named_with_its_revision(run_dir: Path) -> None:
     assert card.data.base_model == "owner/name"
     assert card.data.base_model_relation == "finetune"
     assert "revision: abc123" in card.text
-    assert "seed 7, 30 optimiser steps" in card.text
+    assert "seed 7, 30 optimiser steps; the weights are stored in bfloat16" in card.text
     assert "a LoRA adapter, since merged" in card.text
     assert "Nothing here says that it holds" in card.text
 

@@ -19,7 +19,7 @@ _TEXT = """---
 # A model immunised with {method}
 
 {summary} Source of the method: {paper}. Planted with mithridate {version} in {space},
-seed {seed}, {steps} optimiser steps.
+seed {seed}, {steps} optimiser steps; the weights are stored in {dtype}.
 
 - Meant against: {defends}.
 - Known limits: {limits}.
@@ -68,6 +68,7 @@ def write_model_card(run_dir: Path, *, base: str, revision: str | None = None) -
         space="all weights" if training["lora_rank"] is None else "a LoRA adapter, since merged",
         seed=training["seed"],
         steps=0 if method.one_shot else training["steps"],
+        dtype=training["save_dtype"],
         defends=method.defends,
         limits=method.limits,
         settings=yaml.safe_dump(_public(settings), sort_keys=False).rstrip(),

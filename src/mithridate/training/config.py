@@ -61,6 +61,9 @@ class TrainingConfig:
         The adapter's scaling numerator; ``None`` takes twice the rank.
     lora_targets
         Modules to adapt; empty adapts every linear layer except the head.
+    save_dtype
+        Type of the released weights; ``None`` is that of the weights that were given: those in the
+        model's files where a run names a folder or Hub id, the model's own in Python.
     """
 
     steps: int = 200
@@ -83,6 +86,7 @@ class TrainingConfig:
     lora_rank: int | None = None
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ()
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_length", "log_every"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,13 @@ def attach_lora(
     Raises
     ------
     InputError
-        If no module has a name in ``targets``.
+        If no module has a name in ``targets``, or an adapted weight is used in two places and
+        the model cannot be saved with two.
+
+    Notes
+    -----
+    An adapter on the input embedding or on the head of a model that ties them unties them first,
+    in its configuration too: merged into the shared weight, it would act in both places.
     """
     # peft needs seconds to import, and runs in the full space never use it.
     from peft import LoraConfig, TaskType, get_peft_model
@@ -46,8 +53,10 @@ def attach_lora(
         lora_dropout=0.0,
         target_modules=list(targets) or "all-linear",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        # Tied weights that are adapted are untied below, which is what peft warns of.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         try:
             adapted: PeftModel = get_peft_model(model, config)
         except ValueError as error:
@@ -56,7 +65,40 @@ def attach_lora(
                 where="lora_targets",
                 mend="name linear modules of the model, for example q_proj, or leave it empty",
             ) from None
+    _untie_adapted(adapted)
     return adapted
+
+
+def _untie_adapted(model: PeftModel) -> None:
+    """Give each adapted weight that stands in a second place too a copy of its own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    shared: list[tuple[str, Any]] = [
+        (name, module.get_base_layer())
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and len(names.get(id(getattr(module.get_base_layer(), "weight", None)), ())) > 1
+    ]
+    if not shared:
+        return
+    plain: Any = model.get_base_model()
+    for config in (plain.config, plain.config.get_text_config()):
+        config.tie_word_embeddings = False
+    tied = plain.get_expanded_tied_weights_keys(all_submodels=True)
+    still = {name for pair in tied.items() for name in pair}
+    for name, layer in shared:
+        if name.removeprefix("base_model.model.") + ".weight" in still:
+            raise InputError(
+                f"the adapter would act on {name}, whose weight the model uses in several places: "
+                "merged, it would act in all of them",
+                where="lora_targets",
+                mend="name other modules, or leave lora_rank out to train all weights",
+            )
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    plain.all_tied_weights_keys = tied
 
 
 def describe_space(model: torch.nn.Module) -> dict[str, Any]:

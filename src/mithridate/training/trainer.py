@@ -39,7 +39,7 @@ from mithridate.errors import InputError, NonFiniteError, RunInterruptedError, R
 from mithridate.examples import Example, fingerprint, with_shuffled_answers
 from mithridate.files import sha256_of, write_json
 from mithridate.methods import Method, RunContext
-from mithridate.release import merged, save_release, weights_hash
+from mithridate.release import merged, round_weights, save_release, weights_hash
 from mithridate.training.checkpoints import discard_all_but, newest_complete, seal
 from mithridate.training.config import TrainingConfig
 from mithridate.training.launch import refuse_unsupported_launch, stop_on_signal
@@ -309,7 +309,7 @@ def immunise(
     method.check(model)
     method.check_tokenizer(model, tokenizer)
     starting_mode = model.training
-    use_cache = model.config.use_cache
+    use_cache = getattr(model.config, "use_cache", None)
     plain: PreTrainedModel | PeftModel = model
     if config.lora_rank is not None:
         plain = attach_lora(
@@ -365,23 +365,32 @@ def immunise(
         ) from None
     finally:
         plain.train(starting_mode)
-        plain.config.use_cache = use_cache
+        if use_cache is None:  # as where a text configuration inside holds it
+            vars(plain.config).pop("use_cache", None)
+        else:
+            plain.config.use_cache = use_cache
     seconds = trainer.seconds
     history = recorder.rows
-    if not main:
-        final, _ = merged(plain, tokenizer)
-    else:
-        if config.lora_rank is not None:
-            plain.save_pretrained(str(folder.adapter))
-        release = save_release(plain, tokenizer, folder.model)
-        final = release.model
-        folder.finish(
-            preparation=preparation,
-            seconds=seconds,
-            ledger=trainer.oracle.ledger,
-            hashes=release.hashes,
-            merge_difference=release.merge_difference,
-        )
+    try:
+        if not main:
+            final, _ = merged(plain, tokenizer)
+            round_weights(final, config.save_dtype)
+        else:
+            if config.lora_rank is not None:
+                plain.save_pretrained(str(folder.adapter))
+            release = save_release(plain, tokenizer, folder.model, dtype=config.save_dtype)
+            final = release.model
+            folder.finish(
+                preparation=preparation,
+                seconds=seconds,
+                ledger=trainer.oracle.ledger,
+                hashes=release.hashes,
+                dtype=release.dtype,
+                merge_difference=release.merge_difference,
+                rounding_difference=release.rounding_difference,
+            )
+    except RunStoppedError as error:
+        raise folder.stopped(main, error) from None
     trainer.accelerator.wait_for_everyone()
     return ImmunisationResult(
         model=final,
