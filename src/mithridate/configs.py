@@ -36,6 +36,10 @@ class Limit:
     admits: Callable[[Any], bool]
 
 
+LARGEST_SEED = 2**32 - 1
+"""NumPy's generator and the Trainer take none above it."""
+
+Seed = Annotated[int, Limit(f"0 to {LARGEST_SEED}", lambda n: 0 <= n <= LARGEST_SEED)]
 Natural = Annotated[int, Limit("0 or more", lambda n: n >= 0)]
 Count = Annotated[int, Limit("1 or more", lambda n: n >= 1)]
 Weight = Annotated[float, Limit("0 or more", lambda x: 0 <= x < math.inf)]

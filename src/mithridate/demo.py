@@ -20,7 +20,7 @@ from mithridate import models
 from mithridate.allocation import give_back_memory
 from mithridate.attacks.finetune import FinetuneConfig, finetune, read_record
 from mithridate.chat import ChatFormat
-from mithridate.configs import from_mapping, require
+from mithridate.configs import Seed, check_values, from_mapping, require
 from mithridate.errors import GateError
 from mithridate.events import Event, Listener, silent
 from mithridate.examples import Example, check_disjoint, fingerprint
@@ -65,7 +65,10 @@ class DemoConfig:
     testbed: str = "atlas"
     method: str | None = None
     steps: int | None = None
-    seed: int = 0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from transformers.training_args import OptimizerNames
 
 import mithridate
 from mithridate.chat import ChatFormat, Encoded
-from mithridate.configs import require
+from mithridate.configs import Seed, check_values, require
 from mithridate.errors import InputError, NonFiniteError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_of, write_atomic, write_json
@@ -91,15 +91,16 @@ class FinetuneConfig:
     warmup_steps: int = 0
     lora_rank: int | None = None
     probe_every: int = 5
-    seed: int = 0
+    seed: Seed = 0
     autocast: bool = False
     max_grad_norm: float = 1.0
     max_length: int = 256
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("steps", "batch_size", "probe_every", "max_length"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
-        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "seed"):
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
             require(getattr(self, name) >= 0, f"{name} is negative", f"make {name} 0 or more")
         require(
             0 < self.learning_rate < math.inf,

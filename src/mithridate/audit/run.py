@@ -21,7 +21,7 @@ import numpy as np
 from mithridate.audit import coverage, drift, gates, labels, leakage
 from mithridate.audit.duplicates import Bounds, Overlaps
 from mithridate.audit.sets import AuditSet, Vectors, audit_set, embed, summary_of
-from mithridate.configs import from_mapping, read_yaml, require
+from mithridate.configs import Seed, check_values, from_mapping, read_yaml, require
 from mithridate.embeddings import MINILM, load_encoder
 from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
@@ -78,7 +78,7 @@ class AuditConfig:
     """
 
     encoder: str = MINILM
-    seed: int = 0
+    seed: Seed = 0
     permutations: int = 1000
     min_items: int = 30
     min_share: float = 0.02
@@ -93,7 +93,7 @@ class AuditConfig:
     drift_rows: int = 1500
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed is negative", "make seed 0 or more")
+        check_values(self)
         for name, least in (
             ("permutations", 99), ("min_items", 1), ("neighbours", 1), ("words", 2), ("add", 1),
             ("drift_rows", 10),

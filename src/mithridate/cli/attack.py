@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mithridate.cli.console import Json, OutputDir, out
+from mithridate.configs import LARGEST_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +49,9 @@ def attack(
         typer.Option(help="YAML with the sections `attack:`, `judge:`.", dir_okay=False),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Overrides attack.steps.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Overrides attack.seed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Overrides attack.seed.")
+    ] = None,
     keep_answers: Annotated[
         bool, typer.Option("--keep-answers", help="Keep sample answers, for your eyes only.")
     ] = False,

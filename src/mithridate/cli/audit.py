@@ -9,6 +9,7 @@ import typer
 
 from mithridate.cli.console import Json, OutputDir, out
 from mithridate.cli.immunise import File
+from mithridate.configs import LARGEST_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,7 +57,9 @@ def audit(
     config: Annotated[
         Path | None, typer.Option(help="YAML with the section `audit:`.", dir_okay=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Overrides audit.seed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Overrides audit.seed.")
+    ] = None,
     overlap: Annotated[
         bool, typer.Option("--overlap", help="Attack rows may stand in the harmful set.")
     ] = False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mithridate.cli.console import Json, out
+from mithridate.configs import LARGEST_SEED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +25,9 @@ def demo(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Immunisation steps; default: the testbed's.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of every random choice.")
+    ] = 0,
     output_dir: Annotated[
         Path | None,
         typer.Option(

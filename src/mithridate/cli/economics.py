@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mithridate.cli.console import Json, out
+from mithridate.configs import LARGEST_SEED
 
 _RIVALS = ("monitor", "input_filter", "moderation")
 
@@ -37,7 +38,7 @@ def economics(
         typer.Option(help="Useful harm that counts as broken.  [default: half the control's]"),
     ] = None,
     draws: Annotated[int, typer.Option(min=100, help="Of every distribution.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the draws.")] = 0,
     json_output: Json = False,
 ) -> dict[str, Any]:
     """Show who pays: developer, attacker, users."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mithridate.cli.console import Json, OutputDir, is_main_process, out
+from mithridate.configs import LARGEST_SEED
 
 File = Annotated[
     str | None, typer.Option(help="JSON Lines, JSON, Parquet, CSV, or a Hub id.", metavar="FILE")
@@ -28,7 +29,9 @@ def immunise(
         typer.Option(help="YAML with the sections `method:` and `training:`.", dir_okay=False),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Overrides training.steps.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Overrides training.seed.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Overrides training.seed.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a model on the Hub.")] = None,
     json_output: Json = False,
 ) -> dict[str, Any]:

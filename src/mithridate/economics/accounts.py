@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mithridate.configs import require
+from mithridate.configs import Seed, check_values, require
 from mithridate.economics.attacker import (
     AVAILABILITIES,
     AttackCosts,
@@ -66,9 +66,10 @@ class EconomicsPlan:
     constants: Path | None = None
     threshold: float | None = None
     draws: int = 10_000
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(
             0 < self.parameters < math.inf,
             f"a model of {self.parameters} parameters",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from mithridate.configs import require
+from mithridate.configs import Seed, check_values, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class TrainingConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    seed: int = 0
+    seed: Seed = 0
     micro_batch_size: int | None = None
     autocast: bool = False
     max_length: int = 256
@@ -89,10 +89,11 @@ class TrainingConfig:
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name in ("steps", "max_length", "log_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "cosines_every",
-                     "save_every", "seed"):  # fmt: skip
+                     "save_every"):  # fmt: skip
             require(getattr(self, name) >= 0, f"{name} is negative", f"make {name} 0 or more")
         require(
             0 < self.learning_rate < math.inf,
