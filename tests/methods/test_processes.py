@@ -7,40 +7,18 @@ import pytest
 import torch
 from torch import distributed
 
-from mithridate.methods.booster import Booster, BoosterConfig
-from mithridate.methods.ctrap import CTRAP, CTRAPConfig
-from mithridate.methods.repnoise import RepNoise, RepNoiseConfig
-from mithridate.methods.seam import SEAM, SEAMConfig
-from mithridate.methods.trajectory import Trajectory, TrajectoryConfig
-from mithridate.methods.tvaccine import TVaccine, TVaccineConfig
-from mithridate.methods.vaccine import Vaccine, VaccineConfig
-from tests.tiny import relative_error, tiny_context, tiny_model
-
-METHODS = {
-    "ctrap": lambda: CTRAP(CTRAPConfig(lookahead_radius={"low": 0.1, "high": 0.5})),
-    "ctrap exact": lambda: CTRAP(CTRAPConfig(lookahead_radius=0.3, gradient="exact")),
-    "ctrap unrolled": lambda: CTRAP(CTRAPConfig(lookahead_direction="unrolled")),
-    "seam": lambda: SEAM(SEAMConfig(coupling_weight=0.5, unlearning_layers=1)),
-    "seam log exact": lambda: SEAM(SEAMConfig(unlearning="log", hvp="exact")),
-    "vaccine": lambda: Vaccine(VaccineConfig()),
-    "tvaccine": lambda: TVaccine(TVaccineConfig(layers=2)),
-    "booster": lambda: Booster(BoosterConfig(lookahead_radius=0.3)),
-    "repnoise": lambda: RepNoise(RepNoiseConfig(batch_size=8, noise_weight=1.0)),
-    "seam trajectory": lambda: SEAM(SEAMConfig(coupling_at="trajectory", hvp="exact")),
-    "trajectory": lambda: Trajectory(
-        TrajectoryConfig(attackers=("sgd", "lora"), retain_kl=0.5, attack_steps=(2, 2))
-    ),
-    "seam without coupling": lambda: SEAM(SEAMConfig(coupling_weight=0.0)),
-}
+from tests.methods.every import EVERY, MASKED, step
+from tests.tiny import relative_error
 
 
 def gradients():
+    steps = {name: {} for name in EVERY}
+    # The first process has no row with a label.
+    steps |= {f"{name}, unlabelled": {"unlabelled": 4} for name in MASKED}
     found = {}
-    for name, make in METHODS.items():
-        method, context = make(), tiny_context(tiny_model("full", layers=3), micro_batch_size=4)
-        method.prepare(context)
-        terms = method.step(context)
-        found[name] = [tensor.clone() for tensor in context.space.gradient()], terms
+    for name, options in steps.items():
+        gradient, terms, _ = step(name.split(",")[0], micro_batch_size=4, **options)
+        found[name] = [torch.zeros(()) if g is None else g for g in gradient], terms
     return found
 
 
@@ -62,7 +40,7 @@ def test_two_processes_leave_the_gradient_of_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.tiny", "mithridate.methods.seam"])
+    context.set_forkserver_preload(["tests.methods.every"])
     processes = [context.Process(target=work, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()

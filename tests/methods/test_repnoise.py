@@ -10,7 +10,7 @@ from mithridate.chat import IGNORE
 from mithridate.configs import from_mapping
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods import noise as noise_module
-from mithridate.methods.noise import Noise, mmd
+from mithridate.methods.noise import Noise, at_answers, mmd
 from mithridate.methods.repnoise import RepNoise, RepNoiseConfig
 from mithridate.methods.sft import SFT, SFTConfig
 from mithridate.weights import arithmetic
@@ -181,7 +181,7 @@ def test_too_few_points_stop_the_run():
     one = replace(HARMFUL, labels=torch.full_like(HARMFUL.labels, IGNORE))
     one.labels[0, 5] = 7
     with pytest.raises(InactiveTermError, match="1 answer tokens"):
-        Noise("tokens", 4).loss(tiny_context(tiny_llama()), one, [])
+        Noise("tokens", 4).loss(tiny_context(tiny_llama()), one, [torch.ones(1, 16)])
 
 
 # The objective -----------------------------------------------------------------------------------
@@ -191,12 +191,7 @@ def test_too_few_points_stop_the_run():
 def test_the_step_is_the_gradient_of_the_objective(space, plain_mmd, size):
     model = tiny_model(space, layers=3)
     found, terms, _ = step_of(method_for(), model, micro_batch_size=size)
-    pieces = [HARMFUL] if size is None else [HARMFUL.rows(0, 3), HARMFUL.rows(3, 4)]
-    push = sum(
-        piece.label_count / HARMFUL.label_count
-        * sum(points.square().mean() for points in answer_points(model, piece)) / 3
-        for piece in pieces
-    )  # fmt: skip
+    push = sum(points.square().mean() for points in answer_points(model)) / 3
     pull = torch.log1p(all_heads(model))
     loss = mean_loss(model, REFUSAL) + BETA * push - ALPHA * pull
     assert relative_error(found, gradient_of(model, loss)) < 1e-9
@@ -226,7 +221,7 @@ def test_the_noise_term_is_the_slope_of_the_real_discrepancy(space):
     outputs = by_hand.forward(model, HARMFUL)[2]
     piece = HARMFUL.trimmed()
     outputs = [output[:, : piece.input_ids.shape[1]] for output in outputs]
-    value = Noise("tokens", 256).loss(context, piece, outputs)
+    value = Noise("tokens", 256).loss(context, HARMFUL, at_answers(piece, outputs))
     expected = gradient_of(model, mean_loss(model, REFUSAL) + BETA * value)
     assert relative_error(found, expected) < 1e-9
     assert terms["noise"] == pytest.approx(float(value.detach()))
@@ -251,13 +246,16 @@ def test_the_cap_ends_the_pull(space):
     assert relative_error(capped, gradient_of(model, mean_loss(model, REFUSAL))) < 1e-12
 
 
-def test_eight_rows_equal_eight_micro_batches_but_for_the_noise(space):
+@pytest.mark.parametrize("points", ["tokens", "tokens, few", "released"])
+def test_eight_rows_equal_eight_micro_batches(space, points):
     model = tiny_model(space, layers=3)
-    method = method_for(batch_size=8, noise_weight=0.0)
+    kind, _, few = points.partition(", ")
+    method = method_for(batch_size=8, noise_loss=kind, mmd_points=5 if few else 256)
     whole, terms, _ = step_of(method, model)
-    split, again, _ = step_of(method, model, micro_batch_size=1)
-    assert relative_error(split, whole) < 1e-9
-    assert again == pytest.approx(terms)
+    for size in (1, 3):
+        split, again, _ = step_of(method, model, micro_batch_size=size)
+        assert relative_error(split, whole) < 1e-9
+        assert again == pytest.approx(terms)
 
 
 @pytest.mark.parametrize("size", [None, 2])

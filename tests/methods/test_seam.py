@@ -14,7 +14,8 @@ from mithridate.errors import InactiveTermError, InputError, RunStoppedError
 from mithridate.examples import Example
 from mithridate.methods import coupling
 from mithridate.methods.coupling import Angle, Coupling
-from mithridate.methods.pairs import pair_by_prompt, without_common_tokens
+from mithridate.methods.pairs import pair_by_prompt, telling_pairs, without_common_tokens
+from mithridate.methods.repnoise import RepNoise, RepNoiseConfig
 from mithridate.methods.seam import SEAM, SEAMConfig
 from mithridate.methods.sft import SFT, SFTConfig
 from mithridate.weights import GradientOracle, arithmetic, dot, norm
@@ -322,6 +323,22 @@ def test_the_difference_mask_drops_what_both_answers_share():
     assert set(masked.labels[masked.labels != IGNORE].tolist()) == {context.chat.end_id}
     with pytest.raises(InputError, match="no harmful prompt has a refusal"):
         pair_by_prompt(examples["harmful"], examples["benign"])
+
+
+def test_pairs_that_become_the_same_ids_are_left_out():
+    context = tiny_context(tiny_llama())
+    harmful = context.examples["harmful"]
+    # The same answer in other spaces, which the tokenizer does not keep.
+    same = [replace(row, answer=f" {row.answer}") for row in harmful]
+    context.examples["refusal"] = [*same[:3], *context.examples["refusal"][3:]]
+    with pytest.warns(UserWarning, match=f"3 of {len(harmful)} harmful answers are their refusals"):
+        pairs = telling_pairs(context)
+    assert [pair[0] for pair in pairs] == harmful[3:]
+    context.examples["refusal"] = same
+    for method in (SEAM(SEAMConfig(answer_mask="difference")),
+                   RepNoise(RepNoiseConfig(answer_mask="difference"))):  # fmt: skip
+        with pytest.raises(InputError, match="harmful prompts with a refusal are that refusal"):
+            method.prepare(context)
 
 
 def test_benign_prompts_are_trained_where_asked_for():

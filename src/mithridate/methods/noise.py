@@ -19,7 +19,7 @@ Points = Literal["tokens", "released"]
 
 @dataclass(frozen=True)
 class Noise:
-    """MMD^2 between a micro-batch's activations at its answers and draws from N(0, I).
+    """MMD^2 between a batch's activations at its answers and draws from N(0, I).
 
     Parameters
     ----------
@@ -34,45 +34,60 @@ class Noise:
     points: int
 
     def loss(
-        self, context: RunContext, piece: Batch, outputs: Sequence[torch.Tensor]
+        self, context: RunContext, batch: Batch, layers: Sequence[torch.Tensor]
     ) -> torch.Tensor:
-        """Return the mean of MMD^2 over ``outputs``, in float32 or better.
+        """Return the mean of MMD^2 over ``layers``, in float32 or better.
 
         Parameters
         ----------
-        outputs
-            One per layer, of shape (rows, length, width) or with rows and length as one.
+        batch
+            The whole step's: every point is compared with every other one.
+        layers
+            One tensor per layer, of shape (answer tokens, width): what `at_answers` returns of
+            each micro-batch, end to end.
 
         Raises
         ------
         InactiveTermError
-            If the micro-batch has less than two answer tokens.
+            If the batch has less than two answer tokens.
         """
-        # Different where the data differ, whichever process holds them (D3).
-        rng = context.random(f"noise/{zlib.crc32(piece.input_ids.cpu().numpy().tobytes())}")
-        device = piece.input_ids.device
+        batch = batch.trimmed()
+        rng = context.random(f"noise/{zlib.crc32(batch.input_ids.cpu().numpy().tobytes())}")
+        device = layers[0].device
         generator = torch.Generator(device).manual_seed(rng.getrandbits(63))
-        answer = (piece.labels != IGNORE).flatten()
+        answer = (batch.labels != IGNORE).flatten().to(device)
         places = answer.nonzero().squeeze(1)
         if len(places) < 2:
             raise InactiveTermError(
-                f"a micro-batch has {len(places)} answer tokens, the noise term needs 2: raise "
-                "micro_batch_size or batch_size"
+                f"a batch has {len(places)} answer tokens, the noise term needs 2: raise batch_size"
             )
-        if len(places) > self.points:
-            places = places[rng.sample(range(len(places)), self.points)]
+        chosen: Sequence[int] | slice = slice(None)
+        if self.kind == "tokens" and len(places) > self.points:
+            chosen = rng.sample(range(len(places)), self.points)
         found = []
         with torch.autocast(device.type, enabled=False):
-            for output in outputs:
-                states = widen(output).reshape(len(answer), -1)
-                noise = torch.empty_like(states).normal_(generator=generator)
+            for states in layers:
+                noise = states.new_empty(len(answer), states.shape[1]).normal_(generator=generator)
+                noise = noise[places]
                 if self.kind == "tokens":
-                    found.append(mmd(states[places], noise[places], unbiased=True))
+                    found.append(mmd(states[chosen], noise[chosen], unbiased=True))
                 else:
-                    rows = [(x * answer.unsqueeze(1)).reshape(len(piece), -1)
-                            for x in (states, noise)]  # fmt: skip
+                    rows = [x.new_zeros(len(answer), x.shape[1]).index_put((places,), x)
+                            .reshape(len(batch), -1) for x in (states, noise)]  # fmt: skip
                     found.append(mmd(*rows, unbiased=False))
         return torch.stack(found).mean()
+
+
+def at_answers(piece: Batch, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return ``outputs`` at a micro-batch's answer tokens, in float32 or better.
+
+    Parameters
+    ----------
+    outputs
+        One per layer, of shape (rows, length, width) or with rows and length as one.
+    """
+    answer = (piece.labels != IGNORE).flatten()
+    return [widen(output).reshape(len(answer), -1)[answer] for output in outputs]
 
 
 def mmd(x: torch.Tensor, y: torch.Tensor, *, unbiased: bool) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from mithridate.chat import IGNORE, Batch
 from mithridate.errors import InputError
 from mithridate.examples import Example, normalise_prompt
+from mithridate.methods.base import RunContext
 
 Pair = tuple[Example, Example]
 
@@ -34,6 +36,36 @@ def pair_by_prompt(harmful: Sequence[Example], refusal: Sequence[Example]) -> li
             mend="give refusals to the harmful prompts, or use answer_mask: answer",
         )
     return pairs
+
+
+def telling_pairs(context: RunContext) -> list[Pair]:
+    """Return the pairs of a run whose answers differ; warns of those that become the same ids.
+
+    Raises
+    ------
+    InputError
+        If no pair is left.
+    """
+    pairs = pair_by_prompt(context.examples["harmful"], context.examples["refusal"])
+    kept = []
+    for pair in pairs:
+        harmful, refusal = (context.chat.batch([example]) for example in pair)
+        sides = (harmful, refusal), (refusal, harmful)
+        if all(without_common_tokens(*side).label_count for side in sides):
+            kept.append(pair)
+    alike = len(pairs) - len(kept)
+    if not kept:
+        raise InputError(
+            f"the answers of all {alike} harmful prompts with a refusal are that refusal",
+            where="answer_mask",
+            mend="give harmful answers that differ from the refusals, or use answer_mask: answer",
+        )
+    if alike:
+        warnings.warn(
+            f"{alike} of {len(pairs)} harmful answers are their refusals, token by token: left out",
+            stacklevel=3,
+        )
+    return kept
 
 
 def without_common_tokens(own: Batch, other: Batch) -> Batch:

@@ -23,25 +23,26 @@ L + 2 lens terms       output and layers 1...L-1   counts the output twice: ``un
 hooks pile up          removed after each pass     they are run once each
 ====================== =========================== =============================================
 
-beta belongs to an estimator: it is to be chosen anew with ``noise_loss`` and ``mmd_points``. MMD is
-a property of a micro-batch, S of the whole step (A1): several micro-batches cost one forward pass
-more, which finds S.
+beta belongs to an estimator: it is to be chosen anew with ``noise_loss`` and ``mmd_points``. Both S
+and MMD are of the whole step (A1): several micro-batches, or processes, cost one forward pass more,
+which finds S and the activations; each micro-batch is walked back from MMD's gradient by its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
-from mithridate.chat import Batch
+from mithridate.chat import IGNORE, Batch
 from mithridate.configs import Count, Limit, Positive, Weight
 from mithridate.methods.base import Method, MethodConfig, RunContext, as_released
-from mithridate.methods.noise import Noise
-from mithridate.methods.pairs import Pair, pair_by_prompt, without_common_tokens
-from mithridate.methods.sites import outputs_changed, sites_of
+from mithridate.methods.noise import Noise, at_answers
+from mithridate.methods.pairs import Pair, telling_pairs, without_common_tokens
+from mithridate.methods.sites import outputs_seen, sites_of
 from mithridate.methods.unlearning import Layers, Unlearning
 from mithridate.weights.losses import answer_cross_entropy, layerwise_cross_entropy
 
@@ -155,7 +156,7 @@ class RepNoise(Method):
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Pair the streams where asked for."""
         if self._paired:
-            self._pairs = pair_by_prompt(context.examples["harmful"], context.examples["refusal"])
+            self._pairs = telling_pairs(context)
         return {}
 
     def step(self, context: RunContext) -> dict[str, float]:
@@ -178,39 +179,33 @@ class RepNoise(Method):
         layers, heads = self._unlearning.read(context)
         sites = sites_of(oracle.model, "mlp") if beta else []
         pieces = oracle.micro_batches(harmful)
-        pull: float | None = None
-        if alpha and (len(pieces) > 1 or oracle.processes > 1):
-
-            def all_heads(model: nn.Module, piece: Batch) -> torch.Tensor:
-                output, lens = layerwise_cross_entropy(model, piece, layers)
-                return (output + lens) / heads
-
-            pull = self._unlearning.pull(oracle.loss(all_heads, harmful, purpose="S"), terms)
+        found: tuple[float, list[list[torch.Tensor]]] | None = None
+        if len(pieces) > 1 or oracle.processes > 1:
+            found = self._look(context, harmful, sites, layers, heads, terms)
+        pushes = iter(found[1] if found else ())
         # Only steps that ask for each term's share pay for telling the terms apart.
         apart = context.space.zeros() if alpha and beta and context.shares is not None else None
-        output_mean = noise_mean = 0.0
+        output_mean = 0.0
 
         def forward(piece: Batch) -> list[torch.Tensor]:
-            nonlocal pull, output_mean, noise_mean
-            outputs: dict[int, torch.Tensor] = {}
-
-            def see(site: int, x: torch.Tensor) -> torch.Tensor:
-                outputs[site] = x
-                return x
-
-            with outputs_changed(sites, see):
+            nonlocal output_mean
+            with outputs_seen(sites) as outputs:
                 output, lens = layerwise_cross_entropy(oracle.model, piece, layers)
             output_mean += float(output.detach()) / count
             parts = []
             if alpha:
                 mean = (output + lens) / heads / count
-                if pull is None:
-                    pull = self._unlearning.pull(float(mean.detach()), terms)
+                pull = found[0] if found else self._unlearning.pull(float(mean.detach()), terms)
                 parts.append(alpha * pull * mean)
             if beta:
-                share = piece.label_count / count
-                noise = share * self._noise.loss(context, piece, list(outputs.values()))
-                noise_mean += float(noise.detach())
+                states = at_answers(piece, outputs)
+                if found:
+                    noise = torch.stack(
+                        [(x * push).sum() for x, push in zip(states, next(pushes), strict=True)]
+                    ).sum()
+                else:
+                    noise = self._noise.loss(context, harmful, states)
+                    terms["noise"] = float(noise.detach())
                 parts.append(beta * noise)
             return parts if apart else [torch.stack(parts).sum()]
 
@@ -229,8 +224,49 @@ class RepNoise(Method):
             torch._foreach_add_(gradient, apart)
             context.share("noise")
         terms["harmful"] = oracle.all_sum(output_mean)
-        if beta:
-            terms["noise"] = oracle.all_sum(noise_mean)
+
+    def _look(
+        self,
+        context: RunContext,
+        harmful: Batch,
+        sites: Sequence[nn.Module],
+        layers: Sequence[int],
+        heads: int,
+        terms: dict[str, float],
+    ) -> tuple[float, list[list[torch.Tensor]]]:
+        """Return f'(S), and the gradient of MMD^2 by each micro-batch's states at each site.
+
+        Both are of the whole step (A1): a pass without a gradient finds S and the states.
+        """
+        oracle, states = context.oracle, list[list[torch.Tensor]]()
+
+        def look(model: nn.Module, piece: Batch) -> torch.Tensor:
+            with outputs_seen(sites) as outputs:
+                output, lens = layerwise_cross_entropy(model, piece, layers)
+            states.append(at_answers(piece, outputs))
+            return (output + lens) / heads
+
+        mean = oracle.loss(look, harmful, purpose="S")
+        pull = self._unlearning.pull(mean, terms) if self.config.unlearning_weight else 0.0
+        if not sites:
+            return pull, []
+        before = [0, *(harmful.labels != IGNORE).sum(dim=1).cumsum(dim=0).tolist()]
+        spans = [
+            slice(before[first], before[first] + len(own[0]))
+            for first, own in zip(oracle.first_rows(harmful), states, strict=True)
+        ]
+        config: Any = oracle.model.config
+        width = config.get_text_config().hidden_size
+        everywhere = [context.space.tensors[0].new_zeros(before[-1], width) for _ in sites]
+        for site, whole in enumerate(everywhere):
+            for span, own in zip(spans, states, strict=True):
+                whole[span] = own[site]
+        oracle.reduce(everywhere)
+        leaves = [whole.requires_grad_() for whole in everywhere]
+        noise = self._noise.loss(context, harmful, leaves)
+        terms["noise"] = float(noise.detach())
+        pushes = torch.autograd.grad(noise, leaves)
+        return pull, [[push[span] for push in pushes] for span in spans]
 
     def _draw(self, context: RunContext) -> dict[str, Batch]:
         rows = self.config.batch_size

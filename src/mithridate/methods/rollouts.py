@@ -92,10 +92,9 @@ def whole_groups(oracle: GradientOracle, batch: Batch, size: int) -> Iterator[It
             "raise batch_size")  # fmt: skip
     wanted = (before or len(batch)) // size
     rows = size * max(1, min(wanted, groups // oracle.processes))
-    rank = distributed.get_rank() if oracle.processes > 1 else 0
     oracle.micro_batch_size = rows
     try:
-        yield iter(range(rank * rows, len(batch), oracle.processes * rows))
+        yield iter(oracle.first_rows(batch))
     finally:
         oracle.micro_batch_size = before
 

@@ -49,7 +49,7 @@ from mithridate.chat import IGNORE, Batch
 from mithridate.configs import Count, Positive, Range, Steps, Weight, require
 from mithridate.methods.base import Method, MethodConfig, RunContext, as_released
 from mithridate.methods.coupling import Coupling
-from mithridate.methods.pairs import Pair, pair_by_prompt, without_common_tokens
+from mithridate.methods.pairs import Pair, telling_pairs, without_common_tokens
 from mithridate.methods.unlearning import Kind, Layers, Unlearning
 from mithridate.methods.walkers import Walker
 from mithridate.weights import Gradient
@@ -211,7 +211,7 @@ class SEAM(Method):
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Pair the streams where asked for, and check the differences of gradients (F1)."""
         if self.config.answer_mask == "difference":
-            self._pairs = pair_by_prompt(context.examples["harmful"], context.examples["refusal"])
+            self._pairs = telling_pairs(context)
         if not self.coupled:
             return {}
         harmful, benign = (

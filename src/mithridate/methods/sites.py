@@ -103,6 +103,21 @@ def outputs_changed(
             handle.remove()
 
 
+@contextmanager
+def outputs_seen(sites: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
+    """Run the body and fill the yielded list with the sites' outputs, one per site."""
+    seen: dict[int, torch.Tensor] = {}
+    found: list[torch.Tensor] = []
+
+    def note(site: int, x: torch.Tensor) -> torch.Tensor:
+        seen[site] = x
+        return x
+
+    with outputs_changed(sites, note):
+        yield found
+    found.extend(seen[site] for site in range(len(sites)))
+
+
 def walk_sites(
     oracle: GradientOracle,
     sites: Sequence[nn.Module],

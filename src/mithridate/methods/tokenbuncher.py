@@ -168,7 +168,7 @@ class TokenBuncher(Method):
             self._anchor.prepare(context)
         rows = context.some("prompts", _GATE_PROMPTS, context.random("gate"))
         sampled = self._roll_out(context, [row.prompt for row in rows], copies=1)
-        check_head(context.oracle.model, context.oracle.micro_batches(sampled)[0])
+        check_head(context.oracle.model, sampled.rows(0, 1).to(context.space.tensors[0].device))
         decode = context.chat.tokenizer.decode
         texts = [
             str(decode(labels[labels != IGNORE], skip_special_tokens=True))

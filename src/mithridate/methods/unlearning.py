@@ -72,6 +72,8 @@ class Unlearning:
         pull = self.pull(oracle.all_sum(total) / heads, terms) / heads
         torch._foreach_mul_(gradient, pull)
         if g_a is not None:
+            if not g_a:
+                g_a.extend(context.space.zeros())  # no micro-batch fell to this process
             oracle.reduce(g_a)
             torch._foreach_add_(gradient, g_a, alpha=pull)
 

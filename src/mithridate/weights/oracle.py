@@ -77,17 +77,28 @@ class GradientOracle:
             torch.set_float32_matmul_precision(precision)
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
-        """Return this process's share of ``batch``, cut into micro-batches.
+        """Return this process's share of ``batch``, cut into micro-batches; there may be none.
 
         Every call with the same batch gives identical tensors (`methods.md` A2).
         """
+        size = self._rows_per_pass(batch)
+        pieces = [batch.rows(first, first + size) for first in self.first_rows(batch)]
+        return [piece.trimmed().to(self._device) for piece in pieces]
+
+    def first_rows(self, batch: Batch) -> list[int]:
+        """Return the first row of each of `micro_batches`.
+
+        Rows without a label add nothing to a loss, so that no pass is made where a micro-batch
+        holds no others.
+        """
         if batch.label_count == 0:
             raise InactiveTermError("a batch without a single answer token reached the oracle")
-        size = self.micro_batch_size or len(batch)
-        world, rank = _world()
-        size = min(size, -(-len(batch) // world))
-        pieces = [batch.rows(start, start + size) for start in range(0, len(batch), size)]
-        return [piece.trimmed().to(self._device) for piece in pieces[rank::world]]
+        size, (world, rank) = self._rows_per_pass(batch), _world()
+        own = list(range(0, len(batch), size))[rank::world]
+        return [first for first in own if batch.rows(first, first + size).label_count]
+
+    def _rows_per_pass(self, batch: Batch) -> int:
+        return min(self.micro_batch_size or len(batch), -(-len(batch) // _world()[0]))
 
     def accumulate(
         self, loss: Loss, batch: Batch, *, purpose: str, coefficient: float = 1.0
