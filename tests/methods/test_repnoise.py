@@ -336,8 +336,9 @@ def test_several_micro_batches_cost_a_forward_pass_more():
     ledger = context.oracle.ledger
     assert (ledger["S"].forwards, ledger["S"].backwards) == (2, 0)
     assert (ledger["harmful"].forwards, ledger["harmful"].backwards) == (2, 2)
+    # Without the log term it is for the activations that the discrepancy compares.
     _, _, context = step_of(method_for(unlearning_weight=0.0), tiny_llama(), micro_batch_size=2)
-    assert "S" not in context.oracle.ledger
+    assert (context.oracle.ledger["S"].forwards, context.oracle.ledger["S"].backwards) == (2, 0)
 
 
 def test_hooks_do_not_pile_up(monkeypatch, space):
