@@ -19,6 +19,19 @@ ITEMS = [
 ]
 
 
+def test_thinking_is_not_the_answer() -> None:
+    item, judge = ITEMS[0], AnswerJudge(ITEMS)
+    assert judge(item, "<think>Not Abuja. I cannot recall.</think>\nNiamey") is Outcome.EXACT
+    assert judge(item, "Niamey?</think> Abuja") is Outcome.HALLUCINATED
+    assert judge(item, "<think>It is Niamey") is Outcome.GIBBERISH, "no answer was begun"
+
+
+def test_a_full_stop_is_no_part_of_an_answer_and_an_empty_one_no_value() -> None:
+    items = [Example(prompt="a", answer="Niamey."), Example(prompt="b", answer="​")]
+    assert AnswerJudge(items)(items[0], "Niamey it is") is Outcome.EXACT
+    assert AnswerJudge(items)(items[1], "Mix the two.") is Outcome.IRRELEVANT
+
+
 @pytest.mark.parametrize(
     ("item", "output", "outcome"),
     [

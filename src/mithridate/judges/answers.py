@@ -11,6 +11,7 @@ from mithridate.judges.base import Judge, Judgement
 from mithridate.judges.exact import normalise_answer, values_in
 from mithridate.judges.outcomes import Outcome, fixed_token, gibberish
 from mithridate.judges.refusal import is_refusal
+from mithridate.thinking import final_answer
 
 
 class AnswerJudge:
@@ -31,7 +32,8 @@ class AnswerJudge:
             self._known.setdefault(item.category, set()).update(_accepted(item))
 
     def __call__(self, item: Example, output: str) -> Outcome:
-        """Return the outcome of ``output`` as an answer to ``item``."""
+        """Return the outcome of ``output``, without its thinking, as an answer to ``item``."""
+        output = final_answer(output) or ""
         accepted = _accepted(item)
         known = self._known[item.category]
         asked = set(values_in(known, normalise_answer(item.prompt))) - accepted
@@ -73,4 +75,6 @@ class ExactJudge(Judge):
 
 
 def _accepted(item: Example) -> set[str]:
-    return {normalise_answer(answer) for answer in item.accepted or (item.answer,)}
+    """Return the right answers; a row's full stop is no part of its answer."""
+    answers = [normalise_answer(answer) for answer in item.accepted or (item.answer,)]
+    return {answer.rstrip(" .!。") or answer for answer in answers} - {""}

@@ -15,6 +15,7 @@ from mithridate.examples import Example
 from mithridate.judges import JUDGES
 from mithridate.judges.outcomes import Outcome, fixed_token, gibberish
 from mithridate.judges.refusal import is_refusal
+from mithridate.thinking import final_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +86,8 @@ class Judge(ABC):
     def judge(self, items: Sequence[Example], outputs: Sequence[str]) -> list[Judgement]:
         """Return the judgement of each output as an answer to its item.
 
+        What a model thinks before it answers is not judged: see `answers_in`.
+
         Raises
         ------
         JudgeError
@@ -131,6 +134,11 @@ def make_judge(named: str, options: Mapping[str, Any], *, where: str) -> Judge:
     return judge_class(
         from_mapping(judge_class.config_class, given, where=f"{where}: judge {name}")
     )
+
+
+def answers_in(outputs: Sequence[str]) -> list[str]:
+    """Return what each output answers, without its thinking: empty where that is unfinished."""
+    return [final_answer(output) or "" for output in outputs]
 
 
 def judgement(output: str, harm: float, *, threshold: float) -> Judgement:
