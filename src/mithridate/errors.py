@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+_LONGEST = 4000
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The command line exits with code 2.
@@ -19,15 +21,22 @@ class InputError(ValueError):
     """
 
     def __init__(self, what: str, *, where: str | None = None, mend: str) -> None:
-        self.what = what
-        self.where = where
-        self.mend = mend
-        place = f"{where}: " if where else ""
-        super().__init__(f"{place}{what}\n  mend: {mend}")
+        self.what = _cut(what)
+        self.where = None if where is None else _cut(where)
+        self.mend = _cut(mend)
+        place = f"{self.where}: " if self.where else ""
+        super().__init__(f"{place}{self.what}\n  mend: {self.mend}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process borders by pickling, which knows positional arguments only.
         return _input_error, (self.what, self.where, self.mend)
+
+
+def _cut(text: str) -> str:
+    """Return ``text``, its middle left out where what a user gave has made it endless."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
 
 
 def _input_error(what: str, where: str | None, mend: str) -> InputError:

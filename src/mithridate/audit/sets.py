@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from mithridate.categories import categories_of
 from mithridate.embeddings import Encoder
-from mithridate.examples import Example, normalise_prompt
+from mithridate.examples import Example, contents, normalise_prompt
 from mithridate.files import sha256_of
 from mithridate.printable import printable
 
@@ -81,7 +80,7 @@ def audit_set(name: str, examples: Sequence[Example], *, reveal: bool = False) -
     keys = [normalise_prompt(example.prompt) for example in examples]
     order = sorted(
         range(len(examples)),
-        key=lambda row: (_digest(keys[row]), sha256_of(dataclasses.asdict(examples[row]))),
+        key=lambda row: (_digest(keys[row]), sha256_of(contents(examples[row]))),
     )
     return AuditSet(
         name=name,
@@ -119,7 +118,7 @@ def summary_of(part: AuditSet) -> dict[str, Any]:
         "prompts": len(set(part.keys)),
         "facts": len({example.fact_id for example in part.examples if example.fact_id}),
         "categories": len({name for example in part.examples for name in categories_of(example)}),
-        "sha256": sha256_of([dataclasses.asdict(example) for example in part.examples]),
+        "sha256": sha256_of([contents(example) for example in part.examples]),
     }
 
 
