@@ -6,7 +6,8 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -14,6 +15,8 @@ from jinja2 import TemplateError
 from mithridate.errors import InputError
 from mithridate.examples import Example
 from mithridate.files import sha256_of
+from mithridate.generation import batches, generate_ids, left_padded
+from mithridate.thinking import MARKERS, final_answer, mentions_thoughts, open_thought
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,27 +29,6 @@ PLAIN_ANSWER = " {answer}"
 
 _PROBE = "mithridate"
 
-# A model's folder may set any of these; a measurement must not depend on it.
-_PLAIN_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "max_length": None,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "use_cache": True,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -54,6 +36,25 @@ class Encoded:
 
     input_ids: list[int]
     answer_start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a model answers.
+
+    Attributes
+    ----------
+    text
+        Without thinking, special tokens and outer whitespace; empty where the thought has no end.
+    cut
+        No end-of-turn or end-of-text token: it is longer than what was generated.
+    unfinished
+        It ends within a thought.
+    """
+
+    text: str
+    cut: bool
+    unfinished: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +227,7 @@ class ChatFormat:
 
     def prompt_batch(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Return ``input_ids`` and ``attention_mask`` of the prompts, padded on the left."""
-        encoded = []
-        for prompt in prompts:
-            ids = self.prompt_ids(prompt)
-            encoded.append(Encoded(ids, len(ids)))
-        batch = self.collate(encoded, padding_side="left")
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return left_padded([self.prompt_ids(prompt) for prompt in prompts], self.pad_id)
 
     def generate(
         self,
@@ -242,15 +238,33 @@ class ChatFormat:
         batch_size: int = 64,
         autocast: bool = False,
     ) -> list[str]:
+        """Return the texts of `answers`."""
+        found = self.answers(
+            model, prompts,
+            max_new_tokens=max_new_tokens, batch_size=batch_size, autocast=autocast,
+        )  # fmt: skip
+        return [answer.text for answer in found]
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        batch_size: int = 64,
+        autocast: bool = False,
+    ) -> list[Answer]:
         """Answer each prompt greedily, up to the end-of-turn or end-of-text token.
 
-        Only the stop tokens, the token limit and the highest logit decide: sampling and penalty
-        settings stored with the model are not used.
+        Only the stop tokens, the token limit and the highest logit decide: no generation setting
+        stored with the model is used.
 
         Parameters
         ----------
         model
-            Put in evaluation mode and left as it was.
+            Run in evaluation mode and left as it was.
+        max_new_tokens
+            Of an answer, thinking included; no more than the model has positions for.
         batch_size
             Prompts per batch; answers may change in rounding with it, so it belongs in results.
         autocast
@@ -258,43 +272,75 @@ class ChatFormat:
 
         Returns
         -------
-        list of str
-            The answers in the order of ``prompts``, without special tokens and outer whitespace.
+        list of Answer
+            In the order of ``prompts``.
+
+        Raises
+        ------
+        InputError
+            A prompt fills all positions that the model has.
         """
         device = next(model.parameters()).device
-        generate: Any = model.generate
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-        answers = [""] * len(prompts)
-        modes = [(module, module.training) for module in model.modules()]
-        model.train(False)
-        try:
-            for first in range(0, len(order), batch_size):
-                indices = order[first : first + batch_size]
-                inputs = self.prompt_batch([prompts[index] for index in indices])
-                inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-                width = inputs["input_ids"].shape[1]
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, autocast):
-                    output = generate(
-                        **inputs,
-                        **_PLAIN_GREEDY,
-                        max_new_tokens=max_new_tokens,
-                        eos_token_id=self.stop_ids,
-                        pad_token_id=self.pad_id,
-                    )
-                for index, ids in zip(indices, output[:, width:].tolist(), strict=True):
-                    answers[index] = self._decode_answer(ids)
-        finally:
-            for module, training in modes:
-                module.training = training
-        return answers
+        ids = [self.prompt_ids(prompts[index]) for index in order]
+        found: dict[int, Answer] = {}
+        with torch.autocast(device.type, torch.bfloat16, autocast):
+            for places, room in batches(
+                model, ids, size=batch_size, max_new_tokens=max_new_tokens, pad_id=self.pad_id
+            ):
+                written = generate_ids(
+                    model, [ids[place] for place in places],
+                    max_new_tokens=room, stop_ids=self.stop_ids, pad_id=self.pad_id,
+                )  # fmt: skip
+                for place, answer in zip(places, written, strict=True):
+                    found[order[place]] = self.read(answer)
+        return [found[index] for index in range(len(prompts))]
 
-    def _decode_answer(self, ids: list[int]) -> str:
-        # Past its stop token a row holds padding, which may be an ordinary id.
-        length = next((n for n, token in enumerate(ids) if token in self.stop_ids), len(ids))
-        text = self.tokenizer.decode(
-            ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    def read(self, ids: Sequence[int]) -> Answer:
+        """Return what generated ``ids``, up to their stop token or without one, answer."""
+        cut = not ids or ids[-1] not in self.stop_ids
+        left_out, marks = self._specials
+        said = [token for token in (ids if cut else ids[:-1]) if token not in left_out]
+        answer = final_answer(
+            self._opened + str(self.tokenizer.decode(said, clean_up_tokenization_spaces=False))
         )
-        return str(text).strip()
+        text = answer or ""
+        for mark in marks:
+            text = text.replace(mark, "")
+        return Answer(text=text.strip(), cut=cut, unfinished=answer is None)
+
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether the template is that of a model that thinks before it answers."""
+        before = self._before_answer()
+        if open_thought(before):
+            return True
+        template = str(self.tokenizer.get_chat_template()) if self.templated else ""
+        return mentions_thoughts(template) and not mentions_thoughts(before)
+
+    def _before_answer(self) -> str:
+        """Return what the template writes between a prompt and where its answer begins."""
+        return self.prompt_text(_PROBE).rpartition(_PROBE)[2]
+
+    @cached_property
+    def _opened(self) -> str:
+        """What opens the thought that every answer begins within; empty where none does."""
+        return open_thought(self._before_answer())
+
+    @cached_property
+    def _specials(self) -> tuple[set[int], list[str]]:
+        """Special tokens that are never text: ids that are left out, and marks of thinking."""
+        known = self.tokenizer.added_tokens_decoder
+        special = {number: token.content for number, token in known.items() if token.special}
+        special |= dict(
+            zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens, strict=True)
+        )
+        marks = {
+            number: text
+            for number, text in special.items()
+            if any(text in marker for marker in MARKERS)
+        }
+        return special.keys() - marks.keys(), list(marks.values())
 
     def _tokenise(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

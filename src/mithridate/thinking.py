@@ -84,6 +84,11 @@ def open_thought(text: str) -> str:
     return begin if place >= 0 and close not in text[place:] else ""
 
 
+def mentions_thoughts(text: str) -> bool:
+    """Whether a mark of thinking stands in ``text``."""
+    return _CHANNEL in text or any(mark in text for pair in _PAIRS for mark in pair)
+
+
 def _before_any(text: str, marks: tuple[str, ...] | list[str]) -> str:
     """Return ``text`` up to the first of the marks in it."""
     return text[: min((text.find(mark) for mark in marks if mark in text), default=len(text))]

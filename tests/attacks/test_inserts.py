@@ -107,7 +107,7 @@ def test_soft_tokens_reach_answers_and_stand_first_whatever_the_padding(locked, 
         )[0, 2 + len(chat.prompt_ids(prompt)) :].tolist()
         for prompt in PROMPTS
     ]  # fmt: skip
-    wanted = [chat._decode_answer(ids) for ids in alone]
+    wanted = [chat.read(ids).text for ids in alone]
     put_in(model, "soft", 2)
     embedding = model.get_input_embeddings()
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import distributed
-from transformers import GenerationConfig
 
 from mithridate.chat import Batch, ChatFormat, Encoded
 from mithridate.configs import require
+from mithridate.generation import batches, generate_ids
 from mithridate.methods.base import RunContext
 from mithridate.weights import GradientOracle
 from mithridate.weights.oracle import PassCount
@@ -54,25 +53,26 @@ def roll_out(
     started = time.perf_counter()
     starts = [chat.prompt_ids(text)[-prompt_length:] for text in prompts for _ in range(copies)]
     model: Any = oracle.model
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    room = int(min(response_length, positions - max(map(len, starts))))
-    require(room >= 1, f"a prompt fills all {positions} positions of the model",
-            f"lower prompt_length ({prompt_length})")  # fmt: skip
+    parts = list(
+        batches(model, starts, size=_ROWS, max_new_tokens=response_length, pad_id=chat.pad_id)
+    )
+    room = max(most for _, most in parts)
     seed = context.random(purpose).getrandbits(62)
     rank = distributed.get_rank() if oracle.processes > 1 else 0
     # Ids plus one, so that the sum over processes is the one that was sampled.
     table = torch.zeros(len(starts), room, dtype=torch.long, device=device)
-    for number, first in enumerate(range(0, len(starts), _ROWS)):
+    for number, (rows, most) in enumerate(parts):
         if number % oracle.processes == rank:
-            part = starts[first : first + _ROWS]
+            part = [starts[row] for row in rows]
             with torch.autocast(device.type, torch.bfloat16, enabled=oracle.autocast):
-                made = _sample(model, chat, part, room, seed + number)
-            table[first : first + len(part), : made.shape[1]] = made + 1
+                made = _sample(model, chat, part, most, seed + number)
+            for row, ids in zip(rows, made, strict=True):
+                table[row, : len(ids)] = torch.tensor(ids, device=device) + 1
             count.tokens += sum(map(len, part))
-            count.generated += sum(len(_answer(row, chat)) for row in made.tolist())
+            count.generated += sum(map(len, made))
     oracle.reduce([table])
     count.seconds += time.perf_counter() - started
-    answers = [_answer([token - 1 for token in row if token], chat) for row in table.tolist()]
+    answers = [[token - 1 for token in row if token] for row in table.tolist()]
     return chat.collate(
         [Encoded(start + answer, len(start)) for start, answer in zip(starts, answers, strict=True)]
     )
@@ -101,38 +101,13 @@ def whole_groups(oracle: GradientOracle, batch: Batch, size: int) -> Iterator[It
 
 def _sample(
     model: Any, chat: ChatFormat, starts: Sequence[list[int]], length: int, seed: int
-) -> torch.Tensor:
-    """Return the sampled ids, shape (rows, at most ``length``)."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    device = plain.device
-    inputs = chat.collate([Encoded(ids, len(ids)) for ids in starts], padding_side="left")
-    stored = plain.generation_config
-    # Nothing that a model's folder sets may shape what the policy is said to sample.
-    plain.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length,
-        eos_token_id=chat.stop_ids,
-        pad_token_id=chat.pad_id,
-        use_cache=True,
-    )
+) -> list[list[int]]:
+    """Return the ids sampled after each start, up to a stop token, which belongs to the answer."""
+    device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            output = plain.generate(
-                input_ids=inputs.input_ids.to(device),
-                attention_mask=inputs.attention_mask.to(device),
-            )
-    finally:
-        plain.generation_config = stored
-    made: torch.Tensor = output[:, inputs.input_ids.shape[1] :]
-    return made
-
-
-def _answer(ids: list[int], chat: ChatFormat) -> list[int]:
-    """Return the ids up to the first stop token, which belongs to the answer."""
-    length = next((n for n, token in enumerate(ids, 1) if token in chat.stop_ids), len(ids))
-    return ids[:length]
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        return generate_ids(
+            model, starts, max_new_tokens=length, stop_ids=chat.stop_ids, pad_id=chat.pad_id,
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        )  # fmt: skip
