@@ -15,6 +15,7 @@ from mithridate.events import Event, Listener, silent
 from mithridate.examples import check_disjoint, read_examples
 from mithridate.methods import METHODS, Method
 from mithridate.training.config import TrainingConfig
+from mithridate.training.lora import with_adapter_of
 from mithridate.training.trainer import immunise
 
 _SECTIONS = ("method", "training")
@@ -159,7 +160,7 @@ def read_settings(plan: ImmunisationPlan) -> tuple[Method, TrainingConfig]:
         from_mapping(method_class.config_class, sections["method"], where=f"{where}: method")
     )
     training = from_mapping(TrainingConfig, sections["training"], where=f"{where}: training")
-    return method, training
+    return method, with_adapter_of(method, training)
 
 
 def _section(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:

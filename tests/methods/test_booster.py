@@ -39,7 +39,12 @@ RADIUS, WEIGHT = 0.3, 0.8
 
 def method_for(**options):
     unrolled = options.get("lookahead_direction") == "unrolled"
-    defaults = {"lookahead_radius": None if unrolled else RADIUS, "flatness_weight": WEIGHT}
+    # In factors, whose arithmetic is plain; `test_lookahead.py` has lengths in merged weights.
+    defaults = {
+        "lookahead_radius": None if unrolled else RADIUS,
+        "lookahead_radius_in": "factors",
+        "flatness_weight": WEIGHT,
+    }
     return Booster(BoosterConfig(**{"harmful_rows": 4, "retain_rows": 4} | defaults | options))
 
 

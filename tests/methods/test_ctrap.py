@@ -13,15 +13,13 @@ from mithridate.errors import InactiveTermError, InputError
 from mithridate.examples import Example
 from mithridate.methods import ctrap, lookahead
 from mithridate.methods.base import join
-from mithridate.methods.booster import Booster, BoosterConfig
+from mithridate.methods.booster import BoosterConfig
 from mithridate.methods.ctrap import CTRAP, CTRAPConfig, collapse_token
 from mithridate.methods.lookahead import LookAhead
 from mithridate.methods.sft import SFT, SFTConfig
 from mithridate.methods.trajectory import Trajectory, TrajectoryConfig
 from mithridate.weights import arithmetic, norm
 from tests.tiny import (
-    FULL,
-    LORA,
     SPECIALS,
     VOCABULARY,
     WORDS,
@@ -51,7 +49,12 @@ ERROR = len(SPECIALS) + WORDS.index("error")
 
 
 def method_for(**options):
-    defaults = {"lookahead_radius": RADIUS, "collapse_weight": WEIGHT}
+    # In factors, whose arithmetic is plain; `test_lookahead.py` has lengths in merged weights.
+    defaults = {
+        "lookahead_radius": RADIUS,
+        "lookahead_radius_in": "factors",
+        "collapse_weight": WEIGHT,
+    }
     return CTRAP(CTRAPConfig(**ROWS | defaults | options))
 
 
@@ -170,7 +173,7 @@ def test_quadratic_losses_by_hand(monkeypatch, gradient, kind):
 def test_the_lookahead_is_one_radius_away_and_leaves_the_weights_alone(space, direction):
     model = tiny_model(space)
     context, terms = tiny_context(model), {}
-    look = LookAhead(direction=direction, radius=0.7)
+    look = LookAhead(direction=direction, radius=0.7, radius_in="factors")
     look.prepare(context)
     before = [w.detach().clone() for w in weights_of(model)]
     with look.shifted(context, terms):
@@ -214,7 +217,12 @@ def test_without_collapse_weight_it_is_retain_sft_and_nothing_else(space):
 def test_the_sign_lookahead_is_one_step_of_a_fresh_adamw(space):
     model = tiny_model(space)
     context, rate = tiny_context(model), 1e-3
-    look = LookAhead(direction="sign", radius=rate * math.sqrt(context.space.count), rows=4)
+    look = LookAhead(
+        direction="sign",
+        radius=rate * math.sqrt(context.space.count),
+        radius_in="factors",
+        rows=4,
+    )
     look.prepare(context)
     before = [w.detach().clone() for w in weights_of(model)]
     with look.shifted(context, {}):
@@ -353,24 +361,11 @@ def test_the_automatic_radius_is_the_travel_of_the_attack():
     assert context.oracle.ledger["radius"].backwards == 20
 
 
-def test_the_released_radius_is_for_adapters_only():
-    assert CTRAP(CTRAPConfig()).prepare(tiny_context(tiny_model(LORA)))["radius_low"] == 0.1
-    assert CTRAP(CTRAPConfig()).prepare(tiny_context(tiny_model(FULL)))["radius_low"] != 0.1
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        CTRAP(CTRAPConfig(lookahead="raw")),
-        Booster(BoosterConfig(lookahead="raw")),
-    ],
-)
-def test_a_raw_look_ahead_never_takes_a_measured_radius(method):
-    context = tiny_context(tiny_model(FULL))
-    with pytest.raises(InputError, match="give lookahead_radius a number"):
-        method.prepare(context)
-    assert not context.oracle.backwards
-    assert method.prepare(tiny_context(tiny_model(LORA)))["radius_low"] == 0.1
+@pytest.mark.parametrize("kind", [CTRAPConfig, BoosterConfig])
+def test_a_raw_look_ahead_never_takes_a_measured_radius(kind):
+    for radius in (None, "auto"):
+        with pytest.raises(InputError, match="give lookahead_radius a number"):
+            kind(lookahead="raw", lookahead_radius=radius)
 
 
 def test_leaving_the_descent_range_is_said():

@@ -237,6 +237,14 @@ class Method(ABC):
     config: Any
 
     @property
+    def adapter(self) -> Mapping[str, Any]:
+        """Options of training (``lora_...``) that belong to the method as it is configured.
+
+        Empty but where a released variant's lengths mean nothing in another adapter.
+        """
+        return {}
+
+    @property
     @abstractmethod
     def streams(self) -> tuple[str, ...]:
         """The streams that `step` draws from."""

@@ -19,7 +19,7 @@ any precision          true float32 for both ends  a difference of close gradien
                                                    away under autocast (P3)
 restore by adding back by copy, bit for bit        adding back drifts (P2)
 a batch at a time      whole step (A1)             the code keeps the last micro-batch only
-radius 0.1             LoRA only; else measured    no radius is published for full weights
+radius 0.1 in factors  measured, in merged weights 0.1 belongs to alpha / rank = 4 / 32 (`merged`)
 gradient direction     ``lookahead_direction``     where AdamW attackers really go; these turn
                                                    the gradient in place: one pass more
 ====================== =========================== =============================================
@@ -28,18 +28,28 @@ gradient direction     ``lookahead_direction``     where AdamW attackers really 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from mithridate.configs import Count, Positive, Weight, require
-from mithridate.methods.base import Method, MethodConfig, RunContext
-from mithridate.methods.lookahead import Direction, LookAhead, Radius
+from mithridate.methods.base import Method, MethodConfig, RunContext, as_released
+from mithridate.methods.lookahead import (
+    RELEASED_ADAPTER,
+    RELEASED_RADIUS,
+    Direction,
+    LookAhead,
+    Radius,
+    RadiusIn,
+)
 from mithridate.weights import dot, norm
 from mithridate.weights.arithmetic import scale_
 from mithridate.weights.hvp import add_exact
 from mithridate.weights.losses import answer_cross_entropy
+from mithridate.weights.oracle import refuse_rounded, rounded_weights
 
 _WATCH_EVERY = 50
 
@@ -62,12 +72,18 @@ class BoosterConfig(MethodConfig):
         ``gradient``; ``sign``; ``adam`` (one buffer more); ``unrolled``: real AdamW steps;
         ``random`` (an ablation).
     lookahead_radius
-        L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto``: the
-        travel of 1 to 20 AdamW steps; ``null``: 0.1 in an adapter, else ``auto``.
+        L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto`` and
+        ``null``: the travel of 1 to 20 AdamW steps.
+    lookahead_radius_in
+        Where an adapter is trained, what is that long: the move of the ``merged`` weights, or of
+        the adapter's ``factors``, which leads as much farther as alpha / rank is larger.
     attack_learning_rate, unrolled_steps
         The attacker's, for ``auto`` and ``unrolled``.
     gradient
         Through the look-ahead: ``first_order`` or ``exact``.
+    variant
+        ``released`` sets every value of the released code, and its adapter (rank 32, alpha 4, on
+        query, key and value): for reproduction only.
     """
 
     harmful_rows: Count = 10
@@ -77,9 +93,11 @@ class BoosterConfig(MethodConfig):
     lookahead: Literal["normalised", "raw"] = "normalised"
     lookahead_direction: Direction = "gradient"
     lookahead_radius: Radius = None
+    lookahead_radius_in: RadiusIn = "merged"
     attack_learning_rate: Positive = 2e-5
     unrolled_steps: Count = 4
     gradient: Literal["first_order", "exact"] = "first_order"
+    variant: Literal["default", "released"] = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,11 +118,25 @@ class BoosterConfig(MethodConfig):
         return LookAhead(
             direction=self.lookahead_direction,
             radius=self.lookahead_radius,
+            radius_in=self.lookahead_radius_in,
             raw=self.lookahead == "raw",
             rows=self.harmful_rows,
             learning_rate=self.attack_learning_rate,
             steps=self.unrolled_steps,
         )
+
+
+RELEASED = {
+    "harmful_rows": 10,
+    "retain_rows": 10,
+    "retain": ("refusal",),
+    "flatness_weight": 5.0,
+    "lookahead": "normalised",
+    "lookahead_direction": "gradient",
+    "lookahead_radius": RELEASED_RADIUS,
+    "lookahead_radius_in": "factors",
+    "gradient": "first_order",
+}
 
 
 class Booster(Method):
@@ -118,9 +150,15 @@ class Booster(Method):
     config_class: ClassVar[type[MethodConfig]] = BoosterConfig
 
     def __init__(self, config: BoosterConfig) -> None:
+        if config.variant == "released":
+            config = as_released("Booster", config, RELEASED)
         self.config = config
         self.flattened = config.flatness_weight > 0
         self._ahead = config.look_ahead()
+
+    @property
+    def adapter(self) -> Mapping[str, Any]:
+        return RELEASED_ADAPTER if self.config.variant == "released" else {}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -146,6 +184,11 @@ class Booster(Method):
     @property
     def active_terms(self) -> tuple[str, ...]:
         return ("retain", "flatness_norm") if self.flattened else ("retain",)
+
+    def check(self, model: nn.Module | None) -> None:
+        """Refuse weights that round the difference away."""
+        if model is not None and self.flattened:
+            refuse_rounded(rounded_weights(model))
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Measure the radius where asked for."""
@@ -177,7 +220,7 @@ class Booster(Method):
         weight, space = self.config.flatness_weight, context.space
         harmful = self._ahead.gradient(context, terms)
         g = space.gradient()
-        shift = -self._ahead.length(context, g, terms) / terms["harmful_norm"]
+        shift = -self._ahead.step_along(context, g, terms)
         with space.shifted((shift, g)):
             scale_(g, weight)
             terms["harmful_ahead"] = context.oracle.accumulate(
@@ -200,7 +243,7 @@ class Booster(Method):
         oracle, space, weight = context.oracle, context.space, self.config.flatness_weight
         with oracle.fresh_gradient() as g:
             harmful = self._ahead.gradient(context, terms)
-        shift = -self._ahead.length(context, g, terms) / terms["harmful_norm"]
+        shift = -self._ahead.step_along(context, g, terms)
         with space.shifted((shift, g)):
             v, terms["harmful_ahead"] = oracle.gradient(
                 answer_cross_entropy, harmful, purpose="flatness"

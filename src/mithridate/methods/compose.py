@@ -12,7 +12,7 @@ count, terms and pass counters, all under its label. A member that does all its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -123,6 +123,14 @@ class Compose(Method):
         self._training = {label: part for label, part in self.parts.items() if not part.one_shot}
         self._turns = {label: config.turns.get(label, 1) for label in self._training}
         self._stepped = list(self._training)
+
+    @property
+    def adapter(self) -> Mapping[str, Any]:
+        wanted = [part.adapter for part in self.parts.values() if part.adapter]
+        require(all(each == wanted[0] for each in wanted),
+                "two members as released belong in different adapters",
+                "leave variant: released out of one of them")  # fmt: skip
+        return wanted[0] if wanted else {}
 
     @property
     def streams(self) -> tuple[str, ...]:

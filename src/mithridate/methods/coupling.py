@@ -17,7 +17,14 @@ from mithridate.errors import InactiveTermError
 from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient
 from mithridate.weights.arithmetic import gram
-from mithridate.weights.hvp import STEPS, add_exact, add_far_end, add_finite, fidelity
+from mithridate.weights.hvp import (
+    STEPS,
+    add_exact,
+    add_far_end,
+    add_finite,
+    fidelity,
+    twice_differentiable,
+)
 from mithridate.weights.losses import answer_cross_entropy
 
 _AT_OPTIMUM = 1e-4
@@ -33,8 +40,8 @@ class Coupling:
     weight
         beta.
     hvp
-        ``finite``, ``central``, ``exact``, or ``auto``: finite in true float32, exact under
-        autocast.
+        ``finite``, ``central``, ``exact``, or ``auto``: finite in true float32; where passes are
+        rounded exact, if the model can be differentiated twice.
     epsilon
         L2 length of the finite difference; ``auto`` lets `prepare` choose.
     fd_step
@@ -56,8 +63,9 @@ class Coupling:
         """Check differences before anything depends on them (F1), and choose ``epsilon``."""
         oracle = context.oracle
         if self.hvp == "auto":
-            self.hvp = "exact" if oracle.autocast else "finite"
-        with oracle.full_precision():
+            exact = oracle.rounds and twice_differentiable(oracle, answer_cross_entropy, a)
+            self.hvp = "exact" if exact else "finite"
+        with self.precision(context):
             g_a, _ = oracle.gradient(answer_cross_entropy, a, purpose="fidelity")
             g_b, _ = oracle.gradient(answer_cross_entropy, b, purpose="fidelity")
         angle = Angle.between(g_a, g_b)

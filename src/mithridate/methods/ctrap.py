@@ -20,17 +20,18 @@ collapse on D_general  own draw of ``general``     the code relabels the retain 
                                                    ``collapse_on="retain"``
 restore by adding back by copy, bit for bit        adding back drifts (P2)
 a batch at a time      whole step (A1)             the code keeps the last micro-batch only
-radius 0.1             LoRA only; else measured    no radius is published for full weights
+radius 0.1 in factors  measured, in merged weights 0.1 belongs to alpha / rank = 4 / 32 (`merged`)
 ====================== =========================== =============================================
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -39,7 +40,14 @@ from mithridate.chat import Batch
 from mithridate.configs import Count, Natural, Positive, Weight, require
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods.base import Method, MethodConfig, RunContext, as_released
-from mithridate.methods.lookahead import LORA_RADIUS, Direction, LookAhead, Radius
+from mithridate.methods.lookahead import (
+    RELEASED_ADAPTER,
+    RELEASED_RADIUS,
+    Direction,
+    LookAhead,
+    Radius,
+    RadiusIn,
+)
 from mithridate.weights import dot, norm
 from mithridate.weights.hvp import add_exact
 from mithridate.weights.losses import (
@@ -50,6 +58,7 @@ from mithridate.weights.losses import (
     token_probability,
     uniform_collapse,
 )
+from mithridate.weights.oracle import refuse_rounded, rounded_weights
 
 _WATCH_EVERY = 10
 _RARE = 1e-4
@@ -79,8 +88,11 @@ class CTRAPConfig(MethodConfig):
         ``gradient``; ``sign``; ``adam`` (one buffer more); ``unrolled``: real AdamW steps;
         ``random`` (an ablation).
     lookahead_radius
-        L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto``: the
-        travel of 1 to 20 AdamW steps; ``null``: 0.1 in an adapter, else ``auto``.
+        L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto`` and
+        ``null``: the travel of 1 to 20 AdamW steps.
+    lookahead_radius_in
+        Where an adapter is trained, what is that long: the move of the ``merged`` weights, or of
+        the adapter's ``factors``, which leads as much farther as alpha / rank is larger.
     attack_learning_rate, unrolled_steps
         The attacker's, for ``auto`` and ``unrolled``.
     gradient
@@ -89,7 +101,8 @@ class CTRAPConfig(MethodConfig):
         Of the passes at the look-ahead: true ``float32``, or the run's ``autocast``, which
         `prepare` allows only where it sees the same look-ahead.
     variant
-        ``released`` sets every value of the released code: for reproduction only.
+        ``released`` sets every value of the released code, and its adapter (rank 32, alpha 4, on
+        query, key and value): for reproduction only.
     """
 
     harmful_rows: Count = 10
@@ -103,6 +116,7 @@ class CTRAPConfig(MethodConfig):
     lookahead: Literal["normalised", "raw"] = "normalised"
     lookahead_direction: Direction = "gradient"
     lookahead_radius: Radius = None
+    lookahead_radius_in: RadiusIn = "merged"
     attack_learning_rate: Positive = 2e-5
     unrolled_steps: Count = 4
     gradient: Literal["first_order", "exact"] = "first_order"
@@ -133,6 +147,7 @@ class CTRAPConfig(MethodConfig):
         return LookAhead(
             direction=self.lookahead_direction,
             radius=self.lookahead_radius,
+            radius_in=self.lookahead_radius_in,
             raw=self.lookahead == "raw",
             rows=self.harmful_rows,
             learning_rate=self.attack_learning_rate,
@@ -149,7 +164,8 @@ RELEASED = {
     "collapse_target": "token",
     "lookahead": "normalised",
     "lookahead_direction": "gradient",
-    "lookahead_radius": LORA_RADIUS,
+    "lookahead_radius": RELEASED_RADIUS,
+    "lookahead_radius_in": "factors",
     "gradient": "first_order",
     "shifted_precision": "float32",
 }
@@ -172,6 +188,10 @@ class CTRAP(Method):
         self.trapped = config.collapse_weight > 0
         self._ahead = config.look_ahead()
         self._token = config.collapse_token if config.collapse_target == "token" else None
+
+    @property
+    def adapter(self) -> Mapping[str, Any]:
+        return RELEASED_ADAPTER if self.config.variant == "released" else {}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -198,8 +218,12 @@ class CTRAP(Method):
         return ("retain", "collapse") if self.trapped else ("retain",)
 
     def check(self, model: nn.Module | None) -> None:
-        """Refuse a collapse token that the model does not have."""
-        if model is not None and self._token is not None:
+        """Refuse weights that round the look-ahead, and a token that the model does not have."""
+        if model is None:
+            return
+        if self.trapped:
+            refuse_rounded(rounded_weights(model))
+        if self._token is not None:
             check_token(model, self._token)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
@@ -257,7 +281,7 @@ class CTRAP(Method):
         oracle, space = context.oracle, context.space
         with oracle.fresh_gradient() as g:
             harmful = self._ahead.gradient(context, terms)
-        shift = -self._ahead.length(context, g, terms) / norm(g)
+        shift = -self._ahead.step_along(context, g, terms)
         with oracle.fresh_gradient() as v, space.shifted((shift, g)):
             self._collapse(context, batch, harmful, terms)
         direction = [(1.0, v)]

@@ -1,17 +1,19 @@
 """Where an attacker's next step would lead: directions and radii of a look-ahead.
 
-Radii are L2 lengths over all trainable weights. The bare gradient is a poor guess of the path: 20
-AdamW steps at 2e-5 have cosine 0.18 with it and 0.74 with its sign (`methods.md` §4).
+Radii are L2 lengths over all trainable weights; where an adapter is trained, over the weights that
+it merges into, since a length in its factors leads as far as alpha / rank says. The bare gradient
+is a poor guess of the path: 20 AdamW steps at 2e-5 have cosine 0.18 with it and 0.74 with its sign
+(`methods.md` §4).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -21,6 +23,7 @@ from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient, GradientOracle, dot, norm
 from mithridate.weights.losses import Loss, answer_cross_entropy
+from mithridate.weights.merged import Merged
 
 Direction = Literal["gradient", "sign", "adam", "unrolled", "random"]
 Interval = Annotated[
@@ -31,9 +34,16 @@ Interval = Annotated[
     ),
 ]
 Radius = Positive | Interval | Literal["auto"] | None
+RadiusIn = Literal["merged", "factors"]
 
-LORA_RADIUS = 0.1
-"""CTRAP's released radius, over the factors of a rank-32 adapter."""
+RELEASED_RADIUS = 0.1
+"""Over the factors of `RELEASED_ADAPTER`, in the code of CTRAP and Booster."""
+
+RELEASED_ADAPTER: dict[str, Any] = {
+    "lora_rank": 32,
+    "lora_alpha": 4,
+    "lora_targets": ("q_proj", "k_proj", "v_proj"),
+}
 
 _DECAY = 0.999
 _CHANGE, _COSINE = 0.1, 0.99
@@ -106,8 +116,19 @@ def adamw_steps(
     oracle.space.give_gradient(None)
 
 
-def attack_travel(context: RunContext, *, learning_rate: float, rows: int) -> tuple[float, float]:
+def attack_travel(
+    context: RunContext,
+    *,
+    learning_rate: float,
+    rows: int,
+    travel: Callable[[Gradient], float],
+) -> tuple[float, float]:
     """Return how far 1 and 20 AdamW steps of the attack travel; the weights are restored.
+
+    Parameters
+    ----------
+    travel
+        Measures the distance of the present weights from those given.
 
     Raises
     ------
@@ -128,7 +149,7 @@ def attack_travel(context: RunContext, *, learning_rate: float, rows: int) -> tu
         for _ in adamw_steps(
             context.oracle, batches, learning_rate=learning_rate, purpose="radius"
         ):
-            travelled.append(context.space.travel(start))
+            travelled.append(travel(start))
     # The first and last step may come out in either order when the path turns back.
     return min(travelled[0], travelled[-1]), max(travelled[0], travelled[-1])
 
@@ -144,7 +165,10 @@ class LookAhead:
         batches (two buffers more), which need no radius; ``random``: Gaussian, an ablation.
     radius
         Its L2 length: a number, ``{low, high}`` drawn log-uniformly each step, or ``auto``: the
-        travel of 1 to 20 AdamW steps of the attack. ``None``: 0.1 for LoRA factors, else ``auto``.
+        travel of 1 to 20 AdamW steps of the attack. ``None``: ``auto``.
+    radius_in
+        Where an adapter is trained, what is that long: the ``merged`` weights' move, or that of
+        the ``factors``.
     raw
         The radius, a number, multiplies the gradient itself instead of its unit vector.
     rows
@@ -155,11 +179,13 @@ class LookAhead:
 
     direction: Direction = "gradient"
     radius: Radius = None
+    radius_in: RadiusIn = "merged"
     raw: bool = False
     rows: int = 10
     learning_rate: float = 2e-5
     steps: int = 4
     _range: tuple[float, float] | None = None
+    _merged: Merged | None = None
     _adam: AdamDirection = field(default_factory=AdamDirection)
 
     def __post_init__(self) -> None:
@@ -173,11 +199,8 @@ class LookAhead:
             f"lookahead_direction {self.direction!r} has no raw form",
             "use lookahead: normalised",
         )
-        self._require_number(measured=self.radius == "auto")
-
-    def _require_number(self, *, measured: bool) -> None:
         require(
-            not (self.raw and measured),
+            not (self.raw and self.radius in (None, "auto")),
             "the raw form multiplies the gradient itself: a measured travel is no factor",
             "give lookahead_radius a number",
         )
@@ -194,18 +217,28 @@ class LookAhead:
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Fix the range of radii; returns it."""
+        if any("lora_" in name for name in context.space.names):
+            self._merged = Merged(context.oracle.model, context.space)
         if self.direction == "unrolled":
             return {}
         if isinstance(self.radius, dict):
             self._range = self.radius["low"], self.radius["high"]
         elif isinstance(self.radius, (int, float)):
             self._range = self.radius, self.radius
-        elif self.radius is None and all("lora_" in name for name in context.space.names):
-            self._range = LORA_RADIUS, LORA_RADIUS
         else:
-            self._require_number(measured=True)
-            self._range = attack_travel(context, learning_rate=self.learning_rate, rows=self.rows)
+            self._range = attack_travel(
+                context,
+                learning_rate=self.learning_rate,
+                rows=self.rows,
+                travel=lambda start: self._travel(context, start),
+            )
         return {"radius_low": self._range[0], "radius_high": self._range[1]}
+
+    def _travel(self, context: RunContext, start: Gradient) -> float:
+        """Return the distance from ``start`` where a radius is measured."""
+        if self._merged is None or self.radius_in == "factors":
+            return context.space.travel(start)
+        return self._merged.travel(start)
 
     def check_autocast(
         self, context: RunContext, loss: Loss, batch: Batch, harmful: Batch
@@ -273,8 +306,17 @@ class LookAhead:
         )
         return harmful
 
-    def length(self, context: RunContext, gradient: Gradient, terms: dict[str, float]) -> float:
-        """Return this step's L2 length (equal on all ranks, D3); logs it and the norm of g_h."""
+    def step_along(self, context: RunContext, gradient: Gradient, terms: dict[str, float]) -> float:
+        """Return the t for which the look-ahead is -t times the harmful gradient.
+
+        Logs that gradient's norm, the radius, and in an adapter the length in factors, or in merged
+        weights where the radius is in factors. The length counts as a constant.
+        """
+        self._draw(context, gradient, terms)
+        return self._factor(gradient, 1 / terms["harmful_norm"], terms)
+
+    def _draw(self, context: RunContext, gradient: Gradient, terms: dict[str, float]) -> None:
+        """Log the norm of g_h and this step's radius (equal on all ranks, D3)."""
         if self._range is None:
             raise InactiveTermError("the look-ahead has no radius: prepare() was not called")
         terms["harmful_norm"] = size = norm(gradient)
@@ -286,7 +328,18 @@ class LookAhead:
             terms["radius"] = self._range[0]
         if self.raw:
             terms["radius"] *= size
-        return terms["radius"]
+
+    def _factor(self, direction: Gradient, unit: float, terms: dict[str, float]) -> float:
+        """Return what ``direction`` is to be multiplied by; ``unit`` makes it a unit vector."""
+        factor = terms["radius"] * unit
+        if self._merged is None:
+            return factor
+        if self.raw or self.radius_in == "factors":
+            terms["radius_merged"] = self._merged.distance(direction, factor)
+            return factor
+        factor = self._merged.reach(direction, terms["radius"])
+        terms["radius_factors"] = factor / unit
+        return factor
 
     @contextmanager
     def shifted(self, context: RunContext, terms: dict[str, float]) -> Iterator[Batch]:
@@ -301,13 +354,13 @@ class LookAhead:
         if self.direction == "unrolled":
             with space.kept() as start:
                 harmful = self._unroll(context, terms)
-                terms["radius"] = space.travel(start)
+                terms["radius"] = self._travel(context, start)
                 yield harmful
             return
         space.give_gradient(None)
         harmful = self.gradient(context, terms)
         direction = space.gradient()
-        length = self.length(context, direction, terms)
+        self._draw(context, direction, terms)
         unit = 1 / terms["harmful_norm"]
         if self.direction == "sign":
             unit = turn_by_sign_(direction)
@@ -315,7 +368,7 @@ class LookAhead:
             unit = self._adam.turn_(direction)
         elif self.direction == "random":
             unit = turn_at_random_(direction, context.random("direction").getrandbits(63))
-        with space.shifted((-length * unit, direction)):
+        with space.shifted((-self._factor(direction, unit, terms), direction)):
             # The weights have moved: the gradient makes room for the next pass's activations.
             space.give_gradient(None)
             del direction

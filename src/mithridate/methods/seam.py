@@ -55,6 +55,7 @@ from mithridate.methods.walkers import Walker
 from mithridate.weights import Gradient
 from mithridate.weights.arithmetic import scale_
 from mithridate.weights.losses import answer_cross_entropy
+from mithridate.weights.oracle import refuse_rounded, rounded_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,8 @@ class SEAMConfig(MethodConfig):
     unlearning_cap
         Clamps S, so that the pull ends there; log|V| is a natural value.
     hvp
-        ``finite``, ``central`` (2 passes more), ``exact``, or ``auto``: finite in true float32,
-        exact under autocast.
+        ``finite``, ``central`` (2 passes more), ``exact``, or ``auto``: finite in true float32;
+        exact under autocast, or where the model's frozen weights are in half precision.
     epsilon
         L2 length of the finite difference; ``auto`` chooses by the fidelity check.
     fd_step
@@ -204,9 +205,12 @@ class SEAM(Method):
         return (*terms, "refusal") if self.config.refusal_weight else tuple(terms)
 
     def check(self, model: nn.Module | None) -> None:
-        """Refuse a model without the layers to be read."""
-        if model is not None:
-            self._unlearning.check(model)
+        """Refuse a model without the layers to be read, and differences that would be rounded."""
+        if model is None:
+            return
+        self._unlearning.check(model)
+        if self.coupled and self.config.hvp in ("finite", "central"):
+            refuse_rounded(rounded_weights(model))
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Pair the streams where asked for, and check the differences of gradients (F1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,24 @@ from mithridate.errors import InputError
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from mithridate.methods import Method
+    from mithridate.training.config import TrainingConfig
+
+
+def with_adapter_of(method: Method, config: TrainingConfig) -> TrainingConfig:
+    """Return ``config`` with the adapter that the method as released has; warns of a loss."""
+    lost = [
+        f"{name} {given!r}"
+        for name, wanted in method.adapter.items()
+        if (given := getattr(config, name)) not in (wanted, None, ())
+    ]
+    if lost:
+        warnings.warn(
+            f"{method.name} as released has its own adapter: it replaces {', '.join(lost)}",
+            stacklevel=3,
+        )
+    return dataclasses.replace(config, **method.adapter)
 
 
 def attach_lora(

@@ -43,7 +43,7 @@ from mithridate.release import merged, round_weights, save_release, weights_hash
 from mithridate.training.checkpoints import discard_all_but, newest_complete, seal
 from mithridate.training.config import TrainingConfig
 from mithridate.training.launch import refuse_unsupported_launch, stop_on_signal
-from mithridate.training.lora import attach_lora, describe_space
+from mithridate.training.lora import attach_lora, describe_space, with_adapter_of
 from mithridate.training.monitors import ChangeCheck, TermMonitor
 from mithridate.training.rewording import with_rewordings
 from mithridate.training.runs import ImmunisationResult, Recorder, Row, RunFolder
@@ -295,6 +295,7 @@ def immunise(
         A term is inactive or not finite, or the user interrupted the run; the last complete
         checkpoint is kept.
     """
+    config = with_adapter_of(method, config)
     # Methods make batches of their own too, and the bound on length is on every one.
     longest = min(config.max_length, models.positions(model) or config.max_length)
     chat = ChatFormat(tokenizer, max_length=longest)

@@ -139,6 +139,18 @@ def add_exact(
         ) from error
 
 
+def twice_differentiable(oracle: GradientOracle, loss: Loss, batch: Batch) -> bool:
+    """Tell whether `add_exact` works on this model, by trying it on a few tokens."""
+    sample = _few_tokens(batch)
+    gradient, _ = oracle.gradient(loss, sample, purpose="fidelity")
+    try:
+        with oracle.fresh_gradient():
+            add_exact(oracle, loss, sample, [(1.0, gradient)], purpose="fidelity")
+    except (InactiveTermError, InputError):
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fidelity:
     """How true a finite-difference product is (`methods.md` F1).
@@ -199,7 +211,7 @@ def fidelity(
         Candidates.
     exact
         Compare with the exact product; ``False``, for models too large for one, compares each
-        step with half of it.
+        step with half of it. So are models that cannot be differentiated twice.
 
     Returns
     -------
@@ -224,8 +236,11 @@ def fidelity(
 
         truth: Gradient | None = None
         if exact:
-            with oracle.fresh_gradient() as truth:
-                add_exact(oracle, loss, sample, direction, purpose="fidelity")
+            try:
+                with oracle.fresh_gradient() as truth:
+                    add_exact(oracle, loss, sample, direction, purpose="fidelity")
+            except InputError:
+                truth = None
         found = []
         for step in steps:
             product = estimate(step)
@@ -237,9 +252,9 @@ def fidelity(
                 Fidelity(
                     step=step,
                     cosine=dot(product, reference) / (size * expected),
-                    ratio=size / expected if exact else expected / size,
+                    ratio=expected / size if truth is None else size / expected,
                     moved=_share_moved(oracle, step, direction),
-                    reference="exact" if exact else "half step",
+                    reference="half step" if truth is None else "exact",
                 )
             )
             del product, reference  # their room is the next step's

@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 
 from mithridate.chat import Batch
-from mithridate.errors import InactiveTermError, NonFiniteError
+from mithridate.errors import InactiveTermError, InputError, NonFiniteError
 from mithridate.weights.arithmetic import Gradient, WeightSpace, scale_
 from mithridate.weights.losses import Loss
 
@@ -61,12 +61,25 @@ class GradientOracle:
         self.micro_batch_size = micro_batch_size
         self.autocast = autocast
         self.ledger: dict[str, PassCount] = {}
+        self._rounded = rounded_weights(model)
         self._process = psutil.Process()
         self._device = self.space.tensors[0].device
 
+    @property
+    def rounds(self) -> bool:
+        """Whether passes are rounded: under autocast, or by frozen weights in less than float32."""
+        return self.autocast or bool(self._rounded)
+
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Run the body's passes in true float32: no autocast, no TF32 (`methods.md` P3, F2)."""
+        """Run the body's passes in true float32: no autocast, no TF32 (`methods.md` P3, F2).
+
+        Raises
+        ------
+        InputError
+            If weights are stored in less than that, which nothing can undo.
+        """
+        refuse_rounded(self._rounded)
         before, self.autocast = self.autocast, False
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -295,6 +308,27 @@ class GradientOracle:
         if self._device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self._device))
         return int(self._process.memory_info().rss)
+
+
+def rounded_weights(model: nn.Module) -> list[str]:
+    """Return the names of the weights that are stored in less than float32."""
+    exact = (torch.float32, torch.float64)
+    return [name for name, p in model.named_parameters() if p.dtype not in exact]
+
+
+def refuse_rounded(names: Sequence[str]) -> None:
+    """Refuse weights in less than float32 where a difference of close gradients is taken.
+
+    Frozen under an adapter they round every pass as autocast does, and cannot be asked not to.
+    """
+    if names:
+        raise InputError(
+            f"{len(names)} weights are stored in less than float32 (first: {names[0]}), and passes "
+            "that differ by a small step would differ by rounding",
+            where="model",
+            mend="load the model with dtype=torch.float32 (training.autocast then gives the "
+            "speed), or with seam choose hvp: exact",
+        )
 
 
 def _world() -> tuple[int, int]:
