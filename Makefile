@@ -48,7 +48,7 @@ bench-methods: $(STAMP) ## every method under one protocol, for hours (ARGS="--t
 	$(BIN)/python benchmarks/methods.py --workers $(WORKERS) $(ARGS)
 
 claims: $(STAMP) ## hold published claims against measurements (TESTBED=atlas)
-	$(BIN)/mithridate claims --testbed $(TESTBED) --page docs/claims$(patsubst %,-%,$(filter-out lattice,$(TESTBED))).md $(ARGS)
+	$(BIN)/python benchmarks/claims.py --testbed $(TESTBED) --page docs/claims$(patsubst %,-%,$(filter-out lattice,$(TESTBED))).md $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

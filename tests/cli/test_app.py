@@ -25,7 +25,6 @@ COMMANDS = (
     "verdict",
     "utility",
     "economics",
-    "claims",
     "methods",
     "cost",
     "doctor",

@@ -16,7 +16,6 @@ from mithridate.allocation import keep_freed_memory
 from mithridate.cli import (
     attack,
     audit,
-    claims,
     cost,
     demo,
     doctor,
@@ -56,7 +55,6 @@ app.command()(report.report)
 app.command()(verdict.verdict)
 app.command()(utility.utility)
 app.command()(economics.economics)
-app.command()(claims.claims)
 app.command()(methods.methods)
 app.command()(cost.cost)
 app.command()(doctor.doctor)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mithridate.claims.judging import VERDICTS
 from mithridate.economics.sentences import show
+from published.judging import VERDICTS
 
 TITLES = {
     "reproduced": "Reproduced here",
@@ -31,7 +31,7 @@ def claims_page(document: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{document['counts'][name]} {name.replace('_', ' ')}" for name in VERDICTS)
     parts = [
         f"# Published claims, measured on {testbed.capitalize()}",
-        f"What papers on collapse traps say in numbers, and what `mithridate claims --testbed "
+        f"What papers on collapse traps say in numbers, and what `make claims TESTBED="
         f"{testbed}` finds: {counts}. Every verdict is computed from the measured numbers by the "
         "claim's own rule, which is under *refuted if*. " + _preliminary(document),
         "Kinds: " + "; ".join(f"**{name}** {text}" for name, text in document["kinds"].items())

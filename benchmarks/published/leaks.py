@@ -18,7 +18,6 @@ from mithridate.audit.leakage import (
     secret_of,
 )
 from mithridate.chat import ChatFormat
-from mithridate.claims.judging import Measurement
 from mithridate.demo import DemoConfig, read_method, read_preset
 from mithridate.errors import RunStoppedError
 from mithridate.events import Event, Listener
@@ -26,6 +25,7 @@ from mithridate.files import sha256_of
 from mithridate.measures.statistics import over_seeds
 from mithridate.testbeds.base import cache_dir
 from mithridate.training.trainer import immunise
+from published.judging import Measurement
 
 if TYPE_CHECKING:
     from mithridate.examples import Example

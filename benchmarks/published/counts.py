@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mithridate.claims.contexts import (
+from mithridate.costing import configured
+from mithridate.events import Event, Listener
+from mithridate.weights import dot, norm
+from published.contexts import (
     DRAWS,
     ROWS,
     TOKENS,
@@ -16,10 +19,7 @@ from mithridate.claims.contexts import (
     open_model,
     unused_token,
 )
-from mithridate.claims.judging import Measurement, counted, over_repeats
-from mithridate.costing import configured
-from mithridate.events import Event, Listener
-from mithridate.weights import dot, norm
+from published.judging import Measurement, counted, over_repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mithridate.claims.benchmarks import RECOVERS, UNDEFENDED, mean
-from mithridate.claims.files import read_results
-from mithridate.claims.judging import Measurement
 from mithridate.measures.trajectory import UTILITY_FLOOR, break_step, worst_case
+from published.benchmarks import RECOVERS, UNDEFENDED, mean
+from published.files import read_results
+from published.judging import Measurement
 
 Record = Mapping[str, Any]
 

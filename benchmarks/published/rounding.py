@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mithridate.claims.contexts import DRAWS
-from mithridate.claims.judging import Measurement, over_repeats
 from mithridate.events import Event, Listener
+from published.contexts import DRAWS
+from published.judging import Measurement, over_repeats
 
 if TYPE_CHECKING:
     from mithridate.testbeds.base import Testbed

@@ -9,9 +9,9 @@ from scipy import stats
 
 import common
 import concerns_report
-from mithridate.claims import concerns
-from mithridate.claims.judging import judge
-from mithridate.claims.statements import read_claims
+from published import concerns
+from published.judging import judge
+from published.statements import read_claims
 
 CLAIMS = {claim.id: claim for claim in read_claims()}
 SHIFTS = {"seen, D_H's wording": 0.1, "seen": 0.2, "unseen, D_H's wording": 0.3, "unseen": 0.4,

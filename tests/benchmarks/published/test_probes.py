@@ -7,7 +7,11 @@ import copy
 import pytest
 import torch
 
-from mithridate.claims import (
+from mithridate.errors import RunStoppedError
+from mithridate.events import silent
+from mithridate.weights import GradientOracle
+from mithridate.weights.losses import answer_cross_entropy
+from published import (
     accounts,
     collapse,
     contexts,
@@ -17,13 +21,9 @@ from mithridate.claims import (
     products,
     rounding,
 )
-from mithridate.claims.judging import judge
-from mithridate.claims.statements import read_claims
-from mithridate.errors import RunStoppedError
-from mithridate.events import silent
-from mithridate.weights import GradientOracle
-from mithridate.weights.losses import answer_cross_entropy
-from tests.claims.tiny_bed import tiny_bed
+from published.judging import judge
+from published.statements import read_claims
+from tests.benchmarks.published.tiny_bed import tiny_bed
 from tests.tiny import tiny_batch, tiny_llama
 
 CLAIMS = {claim.id: claim for claim in read_claims()}

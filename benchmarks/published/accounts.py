@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mithridate.claims.files import read_results
-from mithridate.claims.judging import Measurement
 from mithridate.configs import require
 from mithridate.economics import EconomicsPlan, run_economics
 from mithridate.events import Event, Listener
+from published.files import read_results
+from published.judging import Measurement
 
 if TYPE_CHECKING:
     from mithridate.testbeds.base import Testbed

@@ -1,4 +1,4 @@
-"""`mithridate claims`: measure what is cheap, read what is there, judge every claim."""
+"""`make claims`: measure what is cheap, read what is there, judge every claim."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from typing import Any, cast
 import torch
 
 import mithridate
-from mithridate.claims import (
+from mithridate.errors import InputError, RunInterruptedError, RunStoppedError
+from mithridate.events import Event, Listener, silent
+from mithridate.files import sha256_of, write_json
+from mithridate.provenance import provenance
+from mithridate.testbeds import TESTBEDS
+from mithridate.testbeds.base import Testbed, code_version
+from published import (
     accounts,
     benchmarks,
     collapse,
@@ -24,15 +30,9 @@ from mithridate.claims import (
     products,
     rounding,
 )
-from mithridate.claims.files import read_results
-from mithridate.claims.judging import VERDICTS, Judged, Measurement, from_record, judge
-from mithridate.claims.statements import KINDS, TAGS, read_claims
-from mithridate.errors import InputError, RunInterruptedError, RunStoppedError
-from mithridate.events import Event, Listener, silent
-from mithridate.files import sha256_of, write_json
-from mithridate.provenance import provenance
-from mithridate.testbeds import TESTBEDS
-from mithridate.testbeds.base import Testbed, code_version
+from published.files import read_results
+from published.judging import VERDICTS, Judged, Measurement, from_record, judge
+from published.statements import KINDS, TAGS, read_claims
 
 RESULTS = Path("benchmarks/results")
 
@@ -188,7 +188,9 @@ def _probed(
             continue
         parts[probe.name] = {
             "key": key,
-            **provenance(f"mithridate claims --testbed {plan.testbed}", Path(__file__).parent),
+            **provenance(
+                f"python benchmarks/claims.py --testbed {plan.testbed}", Path(__file__).parent
+            ),
             "measured": [one.record() for one in found],
         }
         write_json(path, {"testbed": plan.testbed, "probes": parts})

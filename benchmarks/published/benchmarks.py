@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from mithridate.claims.files import read_results
-from mithridate.claims.judging import Measurement
 from mithridate.measures.statistics import difference, share_interval
 from mithridate.measures.trajectory import UTILITY_FLOOR
+from published.files import read_results
+from published.judging import Measurement
 
 UNDEFENDED = "undefended"
 RECOVERS = 0.5

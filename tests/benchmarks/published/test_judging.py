@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from mithridate.claims.judging import Measurement, counted, from_record, judge, over_repeats
-from mithridate.claims.statements import TAGS, read_claims
 from mithridate.errors import InputError
+from published.judging import Measurement, counted, from_record, judge, over_repeats
+from published.statements import TAGS, read_claims
 
 CLAIMS = {claim.id: claim for claim in read_claims()}
 

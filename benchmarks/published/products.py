@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mithridate.chat import Batch
-from mithridate.claims.contexts import DRAWS, describe, draws, open_model
-from mithridate.claims.judging import Measurement, over_repeats
 from mithridate.events import Event, Listener
 from mithridate.weights import Gradient, GradientOracle, dot, norm
 from mithridate.weights.hvp import add_exact
 from mithridate.weights.losses import answer_cross_entropy
+from published.contexts import DRAWS, describe, draws, open_model
+from published.judging import Measurement, over_repeats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

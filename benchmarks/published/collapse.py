@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from mithridate.chat import Batch
-from mithridate.claims.contexts import (
+from mithridate.events import Event, Listener
+from mithridate.weights import GradientOracle
+from mithridate.weights.losses import answer_cross_entropy, token_collapse
+from published.contexts import (
     DRAWS,
     ROWS,
     describe,
@@ -16,10 +19,7 @@ from mithridate.claims.contexts import (
     open_model,
     unused_token,
 )
-from mithridate.claims.judging import Measurement, over_repeats
-from mithridate.events import Event, Listener
-from mithridate.weights import GradientOracle
-from mithridate.weights.losses import answer_cross_entropy, token_collapse
+from published.judging import Measurement, over_repeats
 
 if TYPE_CHECKING:
     from mithridate.testbeds.base import Testbed

@@ -7,10 +7,10 @@ import json
 import pytest
 from scipy import stats
 
-from mithridate.claims import benchmarks
-from mithridate.claims.judging import judge
-from mithridate.claims.statements import read_claims
 from mithridate.errors import InputError
+from published import benchmarks
+from published.judging import judge
+from published.statements import read_claims
 
 CLAIMS = {claim.id: claim for claim in read_claims()}
 

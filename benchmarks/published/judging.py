@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mithridate.claims.statements import Claim, Rule
 from mithridate.measures.statistics import over_seeds
 from mithridate.verdicts.gates import REPORT_SEEDS
+from published.statements import Claim, Rule
 
 Verdict = Literal["reproduced", "refuted", "inconclusive", "not_comparable", "not_run"]
 VERDICTS: tuple[Verdict, ...] = (

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from mithridate.claims.contexts import ROWS, TOKENS, open_context, open_model
-from mithridate.claims.judging import Measurement, counted, over_repeats
 from mithridate.costing import CostPlan, configured, run_cost
 from mithridate.errors import RunStoppedError
 from mithridate.events import Event, Listener
 from mithridate.measures.shapes import SHAPES
+from published.contexts import ROWS, TOKENS, open_context, open_model
+from published.judging import Measurement, counted, over_repeats
 
 if TYPE_CHECKING:
     from mithridate.methods import RunContext

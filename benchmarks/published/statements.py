@@ -122,7 +122,7 @@ class Claim:
         Empty for values, which no model of ours can refute. With several, one that refutes is
         enough and all must reproduce.
     measured_by
-        Command that measures it, with ``{testbed}``; empty where `mithridate claims` does itself.
+        Command that measures it, with ``{testbed}``; empty where `make claims` does itself.
     note
         What belongs beside the figures.
     """
@@ -169,7 +169,7 @@ def read_claims(text: str | None = None) -> list[Claim]:
         An unknown key, source or condition; a value with a rule, or another claim without one.
     """
     if text is None:
-        text = files("mithridate.claims").joinpath("claims.yaml").read_text(encoding="utf-8")
+        text = files("published").joinpath("claims.yaml").read_text(encoding="utf-8")
     return [_claim(name, entry) for name, entry in yaml.safe_load(text).items()]
 
 

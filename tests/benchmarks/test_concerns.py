@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_every_defence_can_be_built(name):
     assert sections.get("line", "gradient") in ("gradient", "sign")
     preset = read_preset("lattice")
     preset.methods.setdefault(sections["name"], {})
-    config = DemoConfig(testbed="lattice", method=sections["name"], output_dir="x")
+    config = DemoConfig(testbed="lattice", method=sections["name"], output_dir=Path("x"))
     method, training = read_method(common.with_options(preset, sections), config)
     assert method.name == sections["name"]
     assert training.steps >= 200
