@@ -112,9 +112,9 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
     targets = {"undefended": plan.undefended, "defended": plan.model}
     sources = {name: source for name, source in targets.items() if source is not None}
     for source in sources.values():
-        if Path(source).is_dir():
-            models.check_model_folder(Path(source))
-            _check_room(models.count_parameters(Path(source)), base, plan.output_dir)
+        stored = models.check(source)
+        if stored is not None:
+            _check_room(stored.parameters, base, plan.output_dir)
     on_event(Event(stage="reading data"))
     items = _read_items(plan, judge)
     on_event(Event(stage=f"asking the judge {judge.name}"))

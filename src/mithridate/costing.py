@@ -6,7 +6,6 @@ import dataclasses
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -257,10 +256,9 @@ def _open(
         on_event(Event(stage="making random weights"))
         return shape.build(device)
     assert plan.model is not None, "run_cost requires one of the two"
-    folder = Path(plan.model)
-    if folder.is_dir():
-        models.check_model_folder(folder)
-        _check_room(models.count_parameters(folder), copies, plan, device)
+    stored = models.check(plan.model)
+    if stored is not None:
+        _check_room(stored.parameters, copies, plan, device)
     on_event(Event(stage="loading the model"))
     model, tokenizer = models.load(plan.model)
     _check_room(model.num_parameters(), copies, plan, device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
 from mithridate.examples import check_disjoint, read_examples
 from mithridate.methods import METHODS, Method
+from mithridate.model_folders import adapter_parameters
 from mithridate.training.config import TrainingConfig
 from mithridate.training.lora import with_adapter_of
 from mithridate.training.trainer import immunise
@@ -71,10 +74,9 @@ def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> 
         warnings.warn(f"{method.name} takes no steps: --steps has no effect", stacklevel=2)
     steps = 0 if method.one_shot else training.steps
     substituted = _substitutes(method, plan.streams)
-    folder = Path(plan.model)
-    if folder.is_dir():
-        models.check_model_folder(folder)
-        _check_room(plan, method, training, models.count_parameters(folder))
+    stored = models.check(plan.model, plan.revision)
+    if stored is not None:
+        _check_room(plan, method, training, stored.shapes.values())
     on_event(Event(stage="reading data"))
     examples = {name: read_examples(source, stream=name) for name, source in plan.streams.items()}
     check_disjoint(examples)
@@ -86,8 +88,11 @@ def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> 
     examples = {name: rows for name, rows in examples.items() if name in method.streams}
     on_event(Event(stage="loading the model"))
     model, tokenizer = models.load(plan.model, revision=plan.revision)
-    if not folder.is_dir():
-        _check_room(plan, method, training, model.num_parameters())
+    if stored is None:
+        _check_room(plan, method, training, [tuple(p.shape) for p in model.parameters()])
+    if training.save_dtype is None:
+        dtype: Any = models.stored_dtype(plan.model, plan.revision)
+        training = dataclasses.replace(training, save_dtype=dtype)
 
     stage = f"planting {method.name}"
 
@@ -174,14 +179,19 @@ def _section(given: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _check_room(
-    plan: ImmunisationPlan, method: Method, training: TrainingConfig, parameters: int
+    plan: ImmunisationPlan,
+    method: Method,
+    training: TrainingConfig,
+    shapes: Collection[tuple[int, ...]],
 ) -> None:
-    light = training.lora_rank is not None or method.one_shot
+    rank = training.lora_rank
+    light = rank is not None or method.one_shot
     needed = models.requirements(
-        parameters,
+        sum(map(prod, shapes)),
         # An adapter's gradients, moments and buffers are small beside the frozen weights.
         copies=1 if light else 4 + method.parameter_buffers,
         # The older checkpoint goes only once the newer one is complete.
         checkpoints=2 if training.save_every and not method.one_shot else 0,
+        adapter=None if rank is None else adapter_parameters(shapes, rank),
     )
     models.check_room(needed, plan.output_dir)

@@ -130,7 +130,7 @@ def test_bad_configuration_is_refused(world: Path, tmp_path: Path, text: str, me
         ("lox", "base: FOREIGN", "another id in the base model's vocabulary"),
         ("lox+tokenbuncher", "parts: {lox: {base: BASE}, tokenbuncher: {reference_model: FOREIGN}}",
          "has another tokenizer"),
-        ("tokenbuncher", "reference_model: no/such/place", "reference model cannot be loaded"),
+        ("tokenbuncher", "reference_model: no/such/place", "no such model folder"),
     ],
 )  # fmt: skip
 def test_foreign_models_are_refused_before_the_run_folder_is_begun(

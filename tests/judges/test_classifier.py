@@ -116,7 +116,7 @@ def test_a_model_that_would_judge_at_random_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="no such model folder"):
         prepared(tmp_path / "nowhere", "harm")
     with pytest.raises(InputError, match="not a probability"):
         prepared(save(tmp_path / "a", "score", problem_type="regression"), "score")

@@ -147,8 +147,6 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any]:
     """Return the classifier in evaluation mode, on the accelerator where there is one."""
     from transformers import AutoModelForSequenceClassification
 
-    if Path(source).is_dir():
-        models.check_model_folder(Path(source))
     model, tokenizer, missing = models.load_as(
         AutoModelForSequenceClassification,
         source,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,8 +64,7 @@ class Anchor:
 
         from mithridate import models
 
-        if Path(self.source).is_dir():
-            models.check_model_folder(Path(self.source))
+        models.check(self.source)
         words, config = (
             open_part(kind, self.source, what="the reference model", mend=_MEND)
             for kind in (AutoTokenizer, AutoConfig)

@@ -30,6 +30,7 @@ from mithridate.judges import outcomes
 from mithridate.judges.base import JudgeError
 from mithridate.measures import probe
 from mithridate.measures.trajectory import keeps_utility
+from mithridate.model_folders import count_parameters
 from mithridate.provenance import versions
 from mithridate.redteam import material, pipeline, processes, search
 from mithridate.redteam.battery import (
@@ -812,7 +813,7 @@ def _check_data(testbed: Testbed, config: RedteamConfig) -> None:
 
 def _in_parallel(targets: Mapping[str, _Target]) -> Runner:
     """Return a runner over as many processes as there are cores and memory for."""
-    largest = max(models.count_parameters(target.folder) for target in targets.values())
+    largest = max(count_parameters(target.folder) for target in targets.values())
     needed = models.requirements(largest, copies=_COPIES, checkpoints=0).memory
     room = max(1, models.available_memory() // needed)
     # On an accelerator one process has it to itself.

@@ -18,7 +18,7 @@ from mithridate.errors import GateError, InputError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_file, sha256_of, write_json
 from mithridate.judges.outcomes import Outcome
-from mithridate.models import check_model_folder
+from mithridate.model_folders import check_model_folder
 
 COMPLETE = "COMPLETE"
 

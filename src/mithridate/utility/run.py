@@ -85,8 +85,7 @@ def run_utility(plan: UtilityPlan, *, on_event: Listener = silent) -> dict[str, 
     sources = {"reference": plan.reference, "model": plan.model}
     folders = {name: _folder(source) for name, source in sources.items() if source is not None}
     for source in folders.values():
-        if Path(source).is_dir():
-            models.check_model_folder(Path(source))
+        models.check(source)
     on_event(Event(stage="reading the tasks"))
     tasks = [task.first(plan.limit) for task in choose(plan.tasks, plan.data)]
     for task in tasks:
