@@ -13,6 +13,7 @@ from mithridate.examples import Example
 from mithridate.judges.base import make_judge
 from mithridate.judges.outcomes import Outcome
 from mithridate.judges.refusing import likelihood_margins, opening_ids
+from tests.compat.zoo import zoo_model, zoo_tokenizer
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 PROMPTS = ["w0 w1 w2", "w3", "w4 w5 w6 w7 w8 w9", "w1 w1"]
@@ -42,6 +43,22 @@ def test_the_margin_is_that_of_plain_forward_passes(batch_size: int) -> None:
             for texts in (REFUSALS, COMPLIANCES)
         )
         assert margin == pytest.approx(math.log(refused / complied), abs=1e-9)
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "recurrent_gemma", "rwkv", "gpt2"])
+def test_a_model_without_a_cache_has_a_margin(family: str) -> None:
+    model, chat = zoo_model(family).double(), ChatFormat(zoo_tokenizer())
+    refusals, compliances = ("I'm sorry", "can't"), ("Paris is", "the")
+    margins = likelihood_margins(
+        model, chat, ["Sky?", "What is the colour?"],
+        opening_ids(chat, refusals), opening_ids(chat, compliances),
+    )  # fmt: skip
+    for prompt, margin in zip(["Sky?", "What is the colour?"], margins, strict=True):
+        refused, complied = (
+            math.fsum(opening_probability(model, chat, prompt, text) for text in texts)
+            for texts in (refusals, compliances)
+        )
+        assert margin == pytest.approx(math.log(refused / complied), abs=1e-4)
 
 
 def test_an_opening_that_continues_another_counts_once() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mithridate.chat import Encoded
 from mithridate.configs import require
 from mithridate.examples import Example
 from mithridate.judges.base import Judge, Judgement, answers_in, judgement
@@ -132,8 +132,8 @@ def likelihood_margins(
     """Return log p(refusals | x) - log p(compliances | x) for each prompt, in nats.
 
     p(set | x) is the probability that the answer begins with a member of the set: the sum over its
-    openings of the product of their tokens' probabilities. Each prompt is read once; openings go on
-    from its cache. Logits are normalised in float32 or better.
+    openings of the product of their tokens' probabilities. Every opening is read with its prompt,
+    for not every model has a cache to go on from. Logits are normalised in float32 or better.
     """
     margins: list[float] = []
     for first in range(0, len(prompts), batch_size):
@@ -150,32 +150,30 @@ def _opening_logs(
     model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[str], openings: Openings
 ) -> torch.Tensor:
     """Return log p(opening | prompt), shape (openings, prompts)."""
-    device = next(model.parameters()).device
     call: Any = model
-    batch = {name: value.to(device) for name, value in chat.prompt_batch(prompts).items()}
-    mask = batch["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    device = next(model.parameters()).device
+    asked = [chat.prompt_ids(prompt) for prompt in prompts]
     training = model.training
     model.eval()
     try:
-        read = call(**batch, position_ids=positions, use_cache=True)
-        start = _log_softmax(read.logits[:, -1])
+        seen: dict[tuple[int, ...], torch.Tensor] = {}
         logs = []
         for opening in openings:
-            ids = torch.tensor(opening, device=device)
-            log = start[:, ids[0]]
-            if len(ids) > 1:
-                given = ids[:-1].expand(len(prompts), -1)
-                later = call(
-                    input_ids=given,
-                    attention_mask=torch.cat([mask, torch.ones_like(given)], dim=1),
-                    position_ids=positions[:, -1:] + 1 + torch.arange(len(ids) - 1, device=device),
-                    past_key_values=copy.deepcopy(read.past_key_values),
-                    use_cache=True,
-                )
-                steps = _log_softmax(later.logits)
-                log = log + steps.gather(2, ids[1:].expand(len(prompts), -1)[..., None]).sum((1, 2))
-            logs.append(log)
+            given = opening[:-1]
+            if given not in seen:
+                batch = chat.collate([Encoded([*ids, *given], len(ids)) for ids in asked])
+                logits = call(
+                    input_ids=batch.input_ids.to(device),
+                    attention_mask=batch.attention_mask.to(device),
+                    use_cache=False,
+                ).logits
+                # From the prompt's last token on, each position tells of the opening's next.
+                places = torch.tensor([[len(ids) - 1] for ids in asked], device=device)
+                places = places + torch.arange(len(opening), device=device)
+                rows = torch.arange(len(asked), device=device)[:, None]
+                seen[given] = _log_softmax(logits[rows, places])
+            steps = torch.tensor(opening, device=device).expand(len(asked), -1)
+            logs.append(seen[given].gather(2, steps[..., None]).sum((1, 2)))
     finally:
         model.train(training)
     return torch.stack(logs)
