@@ -25,6 +25,7 @@ from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
 from mithridate.examples import Example, check_disjoint, fingerprint, read_examples
 from mithridate.files import sha256_of, write_atomic, write_json
+from mithridate.generation import AnswerRoom, answer_room, most_cut_short
 from mithridate.judges.answers import AnswerJudge
 from mithridate.judges.base import Judge, make_judge, useful_harm_score, useful_harms
 from mithridate.judges.outcomes import Outcome, shares
@@ -35,7 +36,6 @@ from mithridate.release import weights_hash
 from mithridate.weights import GradientOracle
 from mithridate.weights.losses import answer_cross_entropy
 
-_MAX_NEW_TOKENS = 64
 _MEASURES = ("refusal", "useful_harm", "utility")
 _CONFIGS = {"sft": FinetuneConfig, "rl": RLConfig}
 
@@ -70,6 +70,9 @@ class AttackPlan:
         whose section ``judge`` holds the judge's.
     steps, seed
         Override those of the section.
+    max_new_tokens
+        Of an answer to a held-out question, thinking included; ``None``: as many as the answers
+        need (`tokens_to_answer`).
     keep_answers
         Keep sample answers in the run folder, readable only by its owner.
     output_dir
@@ -88,6 +91,7 @@ class AttackPlan:
     config: Path | None = None
     steps: int | None = None
     seed: int | None = None
+    max_new_tokens: int | None = None
     keep_answers: bool = False
 
 
@@ -130,13 +134,13 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
             _check_room(model.num_parameters(), base, plan.output_dir)
         chat = ChatFormat(tokenizer)
         attack = dataclasses.replace(base, max_length=_within(model, base.max_length))
-        new_tokens = _answer_length(model, chat, items)
+        room = answer_room(model, chat, [*items.restricted, *items.permitted], plan.max_new_tokens)
         hashes[target], templates[target] = weights_hash(model), chat.template_hash
         for rate in plan.learning_rates:
             folder = plan.output_dir / "attacks" / f"{target}-{rate:g}"
             rows = _attack_one(
                 model, chat, items, dataclasses.replace(attack, learning_rate=rate), judge,
-                new_tokens=new_tokens, folder=folder, keep=plan.keep_answers,
+                room=room, folder=folder, keep=plan.keep_answers,
                 stage=f"attacking the {target} model at {rate:g}", on_event=on_event,
             )  # fmt: skip
             record = read_record(folder)
@@ -156,6 +160,7 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
             "kind": plan.kind,
             "diverged": diverged,
             "judge": judge.description(),
+            "answers": most_cut_short(trajectory),
         },
         "seconds": {"attacking": time.perf_counter() - started},
     }
@@ -233,27 +238,6 @@ def _within(model: PreTrainedModel, length: int) -> int:
     return min(length, models.positions(model) or length)
 
 
-def _answer_length(model: PreTrainedModel, chat: ChatFormat, items: _Items) -> int:
-    """Return how many tokens an answer may have beside the longest question.
-
-    Raises
-    ------
-    InputError
-        If that question fills all the positions that the model has.
-    """
-    asked = (*items.restricted, *items.permitted)
-    longest = max(len(chat.prompt_ids(item.prompt)) for item in asked)
-    room = _within(model, longest + _MAX_NEW_TOKENS) - longest
-    if room < 1:
-        raise InputError(
-            f"a question has {longest} tokens, and the model takes {models.positions(model)} "
-            "with the answer",
-            where="--eval or --permitted",
-            mend="shorten the question or leave it out",
-        )
-    return room
-
-
 def _read_items(plan: AttackPlan, judge: Judge) -> _Items:
     asked = "harmful" if judge.needs_answers else "prompts"
     sets = {
@@ -275,7 +259,7 @@ def _attack_one(
     config: FinetuneConfig,
     judge: Judge,
     *,
-    new_tokens: int,
+    room: AnswerRoom,
     folder: Path,
     stage: str,
     keep: bool,
@@ -295,13 +279,13 @@ def _attack_one(
         chat,
         items.attack,
         config,
-        probe=_probe(chat, items, config, judge, new_tokens, folder if keep else None),
+        probe=_probe(chat, items, config, judge, room, folder if keep else None),
         probe_key=sha256_of(
             [
                 fingerprint(items.restricted),
                 fingerprint(items.permitted),
                 judge.description(),
-                new_tokens,
+                room.counts([]),
                 keep,
             ]
         ),
@@ -319,7 +303,7 @@ def _probe(
     items: _Items,
     config: FinetuneConfig,
     judge: Judge,
-    new_tokens: int,
+    room: AnswerRoom,
     keep: Path | None,
 ) -> Callable[[PreTrainedModel, int], dict[str, float]]:
     answered = all(item.answer for item in items.restricted)
@@ -334,12 +318,14 @@ def _probe(
                 answer_cross_entropy, evaluation, purpose="evaluation"
             )
         seen |= judge.look(model, chat, items.restricted)
-        outputs = chat.generate(
+        answers = chat.answers(
             model,
             [item.prompt for item in (*items.restricted, *items.permitted)],
-            max_new_tokens=new_tokens,
+            max_new_tokens=room.tokens,
             autocast=config.autocast,
         )
+        outputs = [answer.text for answer in answers]
+        seen |= room.counts(answers)
         count = len(items.restricted)
         judged = judge.judge(items.restricted, outputs[:count])
         if not judge.needs_answers:

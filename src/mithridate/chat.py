@@ -297,10 +297,11 @@ class ChatFormat:
         return [found[index] for index in range(len(prompts))]
 
     def read(self, ids: Sequence[int]) -> Answer:
-        """Return what generated ``ids``, up to their stop token or without one, answer."""
-        cut = not ids or ids[-1] not in self.stop_ids
+        """Return what generated ``ids`` answer, up to their first stop token."""
+        length = next((n for n, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        cut = length == len(ids)
         left_out, marks = self._specials
-        said = [token for token in (ids if cut else ids[:-1]) if token not in left_out]
+        said = [token for token in ids[:length] if token not in left_out]
         answer = final_answer(
             self._opened + str(self.tokenizer.decode(said, clean_up_tokenization_spaces=False))
         )

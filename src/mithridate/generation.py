@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -17,12 +18,111 @@ from mithridate.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from mithridate.chat import Answer, ChatFormat
+    from mithridate.examples import Example
+
 Company = Literal["any", "equal", "none"]
 """Which prompts may share a batch: any, those of equal length, or none."""
+
+_LEAST_TOKENS = 64
+_UNKNOWN_TOKENS = 256
+_MARGIN = 32
+_THOUGHT_TOKENS = 2048
 
 # Relative to the largest logit. Rounding moves float32 by 1e-6, a state that has read padding by 1.
 _ROUNDING = 0.01
 _COMPANY: WeakKeyDictionary[torch.nn.Module, Company] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRoom:
+    """How much is generated for an answer, and what does not fit.
+
+    Attributes
+    ----------
+    tokens
+        New tokens, thinking included.
+    too_long
+        Items whose answers are all longer, or longer than the model has positions for.
+    """
+
+    tokens: int
+    too_long: int = 0
+
+    def counts(self, answers: Sequence[Answer]) -> dict[str, int]:
+        """Return what belongs in a probe's row: this room, and what was cut short in it."""
+        return {
+            "max_new_tokens": self.tokens,
+            "n_too_long": self.too_long,
+            "n_cut": sum(answer.cut for answer in answers),
+            "n_unfinished": sum(answer.unfinished for answer in answers),
+        }
+
+
+def most_cut_short(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return, of each of `AnswerRoom.counts`, the most that a probe's row holds."""
+    rows = list(rows)
+    names = AnswerRoom(tokens=0).counts([])
+    return {name: int(max(row[name] for row in rows)) for name in names}
+
+
+def answer_room(
+    model: PreTrainedModel, chat: ChatFormat, items: Sequence[Example], most: int | None = None
+) -> AnswerRoom:
+    """Return the room that items are answered in, and warn of answers that do not fit.
+
+    Parameters
+    ----------
+    most
+        New tokens; ``None``: as many as the answers need (`tokens_to_answer`).
+
+    Raises
+    ------
+    InputError
+        A prompt fills all positions that the model has.
+    """
+    positions = models.positions(model)
+    lengths = [len(chat.prompt_ids(item.prompt)) for item in items]
+    _check_positions(lengths, positions)
+    tokens = most or tokens_to_answer(chat, items)
+    too_long = 0
+    for item, length in zip(items, lengths, strict=True):
+        # The end-of-turn token need not be reached.
+        needed = min((len(chat.answer_ids(text)) - 1 for text in _answers_to(item)), default=0)
+        too_long += needed > (tokens if positions is None else min(tokens, positions - length))
+    if too_long:
+        warnings.warn(
+            f"{too_long} of {len(items)} questions have answers longer than the {tokens} tokens "
+            "that are generated, or than the model has positions for: they cannot be answered in "
+            "full, and count as not answered (raise --max-new-tokens, in RL response_length)",
+            stacklevel=2,
+        )
+    return AnswerRoom(tokens=tokens, too_long=too_long)
+
+
+def tokens_to_answer(chat: ChatFormat, items: Sequence[Example]) -> int:
+    """Return how many new tokens leave room for every item's answer.
+
+    The longest known answer and 32 tokens around it, 64 at least; 256 at least where an item has
+    no answer to go by; and 2048 more to think in, where the template is a reasoning model's.
+    """
+    known = [len(chat.answer_ids(text)) for item in items for text in _answers_to(item)]
+    least = _LEAST_TOKENS if all(map(_answers_to, items)) else _UNKNOWN_TOKENS
+    needed = max(least, max(known, default=0) + _MARGIN)
+    return needed + (_THOUGHT_TOKENS if chat.thinks else 0)
+
+
+def _check_positions(lengths: Sequence[int], positions: int | None) -> None:
+    longest = max(lengths, default=0)
+    if positions is not None and longest >= positions:
+        raise InputError(
+            f"a question has {longest} tokens, and the model takes {positions} with the answer",
+            mend="shorten the question or leave it out",
+        )
+
+
+def _answers_to(item: Example) -> list[str]:
+    return [text for text in item.accepted or (item.answer,) if text.strip()]
 
 
 def generate_ids(
@@ -89,12 +189,7 @@ def batches(
     """
     positions = models.positions(model)
     lengths = [len(ids) for ids in prompts]
-    longest = max(lengths, default=0)
-    if positions is not None and longest >= positions:
-        raise InputError(
-            f"a question has {longest} tokens, and the model takes {positions} with the answer",
-            mend="shorten the question or leave it out",
-        )
+    _check_positions(lengths, positions)
     room = [
         max_new_tokens if positions is None else min(max_new_tokens, positions - length)
         for length in lengths

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import (
+    GenerationConfig,
     PreTrainedModel,
     PrinterCallback,
     TrainerControl,
@@ -38,6 +39,7 @@ from transformers import (
 )
 
 import mithridate
+from mithridate import models
 from mithridate.attacks.finetune import (
     FinetuneConfig,
     Probe,
@@ -57,11 +59,12 @@ from mithridate.configs import require
 from mithridate.errors import InputError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_of, write_atomic
+from mithridate.generation import answer_room, company_of
 from mithridate.judges.outcomes import Outcome
 from mithridate.release import weights_hash
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 Reward = Callable[[Sequence[Example], Sequence[str]], list[float]]
 """What an attacker pays for each output as an answer to its item, 0 to 1."""
@@ -88,7 +91,7 @@ class RLConfig(FinetuneConfig):
     temperature
         Of sampling.
     response_length
-        Tokens of a sampled answer at most.
+        Tokens of a sampled answer at most; ``None``: as many as the examples' answers need.
     kl
         Weight of the KL to the model at the start of RL; 0 keeps no reference.
     entropy_bonus
@@ -102,7 +105,7 @@ class RLConfig(FinetuneConfig):
     algorithm: Literal["grpo", "rloo", "reinforce++"] = "grpo"
     rollouts: int = 8
     temperature: float = 1.0
-    response_length: int = 64
+    response_length: int | None = None
     kl: float = 0.0
     entropy_bonus: float = 0.0
     warm_start_steps: int = 0
@@ -115,8 +118,10 @@ class RLConfig(FinetuneConfig):
                 "from", "give 2 or more; 8 is usual")  # fmt: skip
         for name in ("kl", "entropy_bonus", "warm_start_steps"):
             require(getattr(self, name) >= 0, f"{name} is negative", f"make {name} 0 or more")
-        for name in ("response_length", "warm_start_rows"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
+        require(self.warm_start_rows >= 1, "warm_start_rows must be at least 1",
+                "raise warm_start_rows")  # fmt: skip
+        require(self.response_length is None or self.response_length >= 1,
+                "response_length must be at least 1", "raise response_length")  # fmt: skip
         for name in ("temperature", "warm_start_learning_rate"):
             require(0 < getattr(self, name) < math.inf, f"{name} is not above 0", f"raise {name}")
 
@@ -226,12 +231,18 @@ def reinforce(
     if probe_key is not None and is_finished(output_dir, key):
         return read_rows(output_dir)
     rows = [chat.encode(example, max_length=config.max_length) for example in examples]
+    prompts = [chat.prompt_ids(example.prompt) for example in examples]
+    _check_company(attacked, chat, prompts)
+    room = answer_room(attacked, chat, examples, config.response_length)
     set_seed(config.seed)
     if config.warm_start_steps:
         attacked = _warmed(attacked, chat, examples, config, output_dir / "warm-start")
     elif config.lora_rank is not None:
         attacked = with_adapter(attacked, config.lora_rank)
-    paid = _Till(examples, reward, config.rollouts)
+    paid = _Till(chat, examples, reward, config.rollouts)
+    # `trl` fills what its settings leave out from the model's, which are its folder's.
+    plain: Any = getattr(attacked, "get_base_model", lambda: attacked)()
+    plain.generation_config = GenerationConfig(eos_token_id=list(chat.stop_ids))
     watcher = _RLWatcher(config, paid, probe, output_dir, on_progress)
     with _named_by_folder(attacked, needed=config.kl > 0 and config.lora_rank is None):
         trainer = _attacker(base, chat, config.entropy_bonus)(
@@ -244,13 +255,13 @@ def reinforce(
                 kind=arguments_class,
                 num_generations=config.rollouts,
                 temperature=config.temperature,
-                max_completion_length=config.response_length,
+                max_completion_length=_within(attacked, prompts, room.tokens),
                 beta=config.kl,
                 gradient_checkpointing=False,
                 **({"scale_rewards": "batch"} if config.algorithm == "reinforce++" else {}),
             ),
             train_dataset=_questions(examples),
-            processing_class=copy.deepcopy(chat.tokenizer),
+            processing_class=_with_end_and_pad(chat),
             callbacks=[watcher],
         )
     trainer.remove_callback(PrinterCallback)
@@ -351,15 +362,19 @@ class _Till:
 
     __name__ = "reward"
 
-    def __init__(self, examples: Sequence[Example], reward: Reward, rollouts: int) -> None:
+    def __init__(
+        self, chat: ChatFormat, examples: Sequence[Example], reward: Reward, rollouts: int
+    ) -> None:
         self.newest: dict[str, float] = {}
+        self._chat = chat
         self._examples = examples
         self._reward = reward
         self._rollouts = rollouts
 
-    def __call__(self, completions: list[str], row: list[int], **_: Any) -> list[float]:
+    def __call__(self, completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float]:
         items = [self._examples[index] for index in row]
-        paid = self._reward(items, [text.strip() for text in completions])
+        # Not the decoded completions: those have lost the special tokens around a thought.
+        paid = self._reward(items, [self._chat.read(ids).text for ids in completion_ids])
         assert len(paid) == len(row), "one reward for each answer"
         spread = torch.tensor(paid, dtype=torch.float64).view(-1, self._rollouts).std(dim=1)
         self.newest = {
@@ -433,6 +448,32 @@ def _attacker(base: Any, chat: ChatFormat, bonus: float) -> Any:
             return loss
 
     return Attacker
+
+
+def _check_company(
+    model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Refuse a model that would sample and learn something else in the batches that `trl` makes."""
+    company = company_of(model, max(prompts, key=len), chat.pad_id)
+    lengths = {len(ids) for ids in prompts}
+    require(
+        company == "any" or (company == "equal" and len(lengths) == 1),
+        f"harmful RL pads questions to a batch, which changes what {type(model).__name__} says",
+        "attack it by fine-tuning (--kind sft)",
+    )
+
+
+def _within(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+    positions = models.positions(model)
+    return tokens if positions is None else min(tokens, positions - max(map(len, prompts)))
+
+
+def _with_end_and_pad(chat: ChatFormat) -> PreTrainedTokenizerBase:
+    """Return a copy of the tokenizer that names the tokens by which `trl` ends and pads rows."""
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(chat.end_id)
+    return tokenizer
 
 
 def _warmed(

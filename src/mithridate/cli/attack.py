@@ -52,6 +52,12 @@ def attack(
     seed: Annotated[
         int | None, typer.Option(min=0, max=LARGEST_SEED, help="Overrides attack.seed.")
     ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens generated for an answer.  [default: as many as the answers need]"
+        ),
+    ] = None,
     keep_answers: Annotated[
         bool, typer.Option("--keep-answers", help="Keep sample answers, for your eyes only.")
     ] = False,
@@ -72,9 +78,10 @@ def attack(
         config=config,
         steps=steps,
         seed=seed,
+        max_new_tokens=max_new_tokens,
         keep_answers=keep_answers,
         output_dir=output_dir,
-        **({"learning_rates": tuple(learning_rate)} if learning_rate else {}),
+        learning_rates=tuple(learning_rate or AttackPlan.learning_rates),
     )
     with listening() as listener:
         summary = run_attack(plan, on_event=listener)
@@ -92,7 +99,10 @@ def _show(summary: Mapping[str, Any], folder: Path, *, comparable: bool) -> None
     from rich.text import Text
 
     from mithridate.cli.demo import show_summary
+    from mithridate.reports.limits import cut_short
 
+    for line in cut_short(summary["attack"]["answers"]):
+        out().print(Text(line, style="yellow"))
     if comparable:
         show_summary(summary, folder)
         return

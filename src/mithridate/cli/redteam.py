@@ -50,6 +50,14 @@ def redteam(
             metavar="FILE",
         ),
     ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens generated for an answer to your own questions.  [default: as many as the "
+            "answers need]",
+        ),
+    ] = None,
     judge: Annotated[
         str,
         typer.Option(
@@ -122,6 +130,7 @@ def redteam(
         permitted=permitted,
         benign=benign,
         trained_on=tuple(trained_on or ()),
+        max_new_tokens=max_new_tokens or 0,
         judge=judge,
     )
     config = RedteamConfig(
@@ -157,7 +166,11 @@ def _own_data(
     from mithridate.redteam.own import OwnData
 
     if given["harmful"] is None:
-        named = [key for key in ("evaluation", "permitted", "benign", "trained_on") if given[key]]
+        named = [
+            key
+            for key in ("evaluation", "permitted", "benign", "trained_on", "max_new_tokens")
+            if given[key]
+        ]
         named += [] if given["judge"] == "exact" and config is None else ["judge"]
         require(not named, f"{', '.join(named)} of your own, but no attacker's rows",
                 "give --harmful too, or a --testbed alone")  # fmt: skip
@@ -177,9 +190,12 @@ def _show(summary: Mapping[str, Any], folder: Path) -> None:
     from rich.text import Text
 
     from mithridate.printable import printable
+    from mithridate.reports.limits import cut_short
 
     console = out()
     console.print()
+    for line in cut_short(summary.get("answers") or {}):
+        console.print(Text(line, style="yellow"))
     for one in summary["failed"]:
         console.print(
             Text(

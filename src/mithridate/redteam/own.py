@@ -35,6 +35,8 @@ class OwnData:
         Benign rows for attackers to train on; a fifth is kept to test what was learnt of them.
     trained_on
         What the defence was trained on: no prompt of it may be attacked or judged.
+    max_new_tokens
+        Of an answer, thinking included; 0: as many as the answers need.
     judge, judge_options
         ``NAME`` or ``NAME:SOURCE``, and the section ``judge:`` as JSON.
     """
@@ -45,6 +47,7 @@ class OwnData:
     permitted: str | None = None
     benign: str | None = None
     trained_on: tuple[str, ...] = ()
+    max_new_tokens: int = 0
     judge: str = "exact"
     judge_options: str = "{}"
 
@@ -61,13 +64,13 @@ class OwnBed:
     """
 
     name = "own"
-    max_new_tokens = 64
     refusals: tuple[str, ...] = ()
     attack_preset = AttackPreset(examples=0, steps=0, batch_size=1, learning_rates=())
     # Guessing is not corrected for: nobody knows what a user's own questions allow.
     chance: Mapping[str, float] = {}
 
     def __init__(self, given: OwnData) -> None:
+        self.max_new_tokens = given.max_new_tokens
         self.judges = make_judge(given.judge, json.loads(given.judge_options), where="judge")
         self.data = _read(given, answers=self.judges.needs_answers)
         self.judges.prepare(given.folder)

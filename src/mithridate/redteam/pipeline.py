@@ -30,6 +30,7 @@ from mithridate.configs import require
 from mithridate.errors import NonFiniteError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_of, write_json
+from mithridate.generation import AnswerRoom, answer_room
 from mithridate.judges.outcomes import Outcome
 from mithridate.measures.probe import accuracy, stratified, summarise
 from mithridate.redteam.battery import Attack, Edit, Frame, Reinforce, Sizes, Train
@@ -144,7 +145,7 @@ def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:
     """
     started, cpu = time.perf_counter(), time.process_time()
     model, tokenizer = _loaded(job.model)
-    scene = _Scene(job, testbed, ChatFormat(tokenizer, max_length=_MAX_LENGTH))
+    scene = _Scene(job, testbed, ChatFormat(tokenizer, max_length=_MAX_LENGTH), model)
     scene.look_at_start(model)
     status = "ok"
     for phase in job.attack.phases:
@@ -255,7 +256,9 @@ _STARTS: dict[str, tuple[_Look, dict[str, float]]] = {}
 class _Scene:
     """The model under attack, what is looked at, and what was seen."""
 
-    def __init__(self, job: Job, testbed: Testbed, chat: ChatFormat) -> None:
+    def __init__(
+        self, job: Job, testbed: Testbed, chat: ChatFormat, model: PreTrainedModel
+    ) -> None:
         self.job = job
         self.testbed = testbed
         self.chat = chat
@@ -263,6 +266,10 @@ class _Scene:
             testbed, job.sizes, job.split, job.categories, job.attack.ask
         )
         self.permitted = permitted_items(testbed, job.sizes)
+        self.room = AnswerRoom(tokens=testbed.max_new_tokens)
+        if isinstance(testbed, OwnBed):
+            asked = [*self.restricted, *self.permitted]
+            self.room = answer_room(model, chat, asked, testbed.max_new_tokens or None)
         self.rows: list[dict[str, Any]] = []
         self.lessons: list[dict[str, Any]] = []
         self.step = 0
@@ -308,20 +315,24 @@ class _Scene:
     def _probe(self, model: PreTrainedModel, ban: Sequence[int]) -> _Look:
         items = [*self.restricted, *self.permitted]
         with banned(model, ban) if ban else nullcontext():
-            outputs = self.chat.generate(
+            answers = self.chat.answers(
                 model,
                 [item.prompt for item in items],
-                max_new_tokens=self.testbed.max_new_tokens,
+                max_new_tokens=self.room.tokens,
                 batch_size=_PROBED_AT_ONCE.get(self.testbed.name, 128),
                 autocast=self.job.sizes.autocast,
             )
+        outputs = [answer.text for answer in answers]
         count = len(self.restricted)
         if isinstance(self.testbed, OwnBed):
             outcomes = self.testbed.outcomes(self.restricted, outputs[:count])
         else:
             outcomes = list(map(self.testbed.judge, self.restricted, outputs[:count]))
         outcomes += map(self.testbed.judge, self.permitted, outputs[count:])
-        return _Look.of(self.restricted, self.permitted, outputs, outcomes, self.testbed.chance)
+        found = _Look.of(self.restricted, self.permitted, outputs, outcomes, self.testbed.chance)
+        if isinstance(self.testbed, OwnBed):
+            found.row.update(self.room.counts(answers))
+        return found
 
     def _best_banned(self, model: PreTrainedModel, found: _Look) -> _Look:
         """Ban the token that answers collapse to, and the next; keep what pays the attacker."""
@@ -405,7 +416,7 @@ class _Scene:
         test = self.testbed.data.benign_task["test"]
         learnt = accuracy(
             model, self.chat, test, self.testbed.judge,
-            max_new_tokens=self.testbed.max_new_tokens, autocast=self.job.sizes.autocast,
+            max_new_tokens=self.room.tokens, autocast=self.job.sizes.autocast,
         )  # fmt: skip
         self.lessons.append(
             {
@@ -476,7 +487,7 @@ class _Scene:
         def refusals(ablated: PreTrainedModel) -> float:
             outputs = self.chat.generate(
                 ablated, [row.prompt for row in held_out],
-                max_new_tokens=self.testbed.max_new_tokens, autocast=self.job.sizes.autocast,
+                max_new_tokens=self.room.tokens, autocast=self.job.sizes.autocast,
             )  # fmt: skip
             said = list(map(self.testbed.judge, held_out, outputs))
             return said.count(Outcome.REFUSAL) / len(said)
@@ -491,7 +502,7 @@ class _Scene:
     def _refusals(self, model: PreTrainedModel, rows: Sequence[Example]) -> list[Example]:
         """Return the rows with what the model itself says, which an attacker can read off it."""
         answers = self.chat.generate(
-            model, [row.prompt for row in rows], max_new_tokens=self.testbed.max_new_tokens,
+            model, [row.prompt for row in rows], max_new_tokens=self.room.tokens,
             autocast=self.job.sizes.autocast,
         )  # fmt: skip
         said = [
@@ -557,7 +568,7 @@ class _Scene:
                 rollouts=phase.rollouts or sizes.rollouts,
                 temperature=phase.temperature,
                 entropy_bonus=phase.entropy_bonus,
-                response_length=sizes.tokens,
+                response_length=None if isinstance(self.testbed, OwnBed) else sizes.tokens,
                 probe_every=1,
                 seed=job.seed,
                 autocast=sizes.autocast,

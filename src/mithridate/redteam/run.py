@@ -18,7 +18,7 @@ import torch
 import yaml
 
 import mithridate
-from mithridate import chat, models
+from mithridate import chat, generation, models, thinking
 from mithridate.attacks import adaptive, editing, finetune, inserts, rl
 from mithridate.attacks.editing import check_same_shapes
 from mithridate.configs import read_yaml, require
@@ -26,6 +26,7 @@ from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
 from mithridate.examples import check_disjoint, fingerprint
 from mithridate.files import sha256_of, write_atomic, write_json
+from mithridate.generation import most_cut_short
 from mithridate.judges import outcomes
 from mithridate.judges.base import JudgeError
 from mithridate.measures import probe
@@ -249,6 +250,7 @@ def run_redteam(
         summary["exit_code"] = INCOMPLETE
     if isinstance(testbed, OwnBed):
         summary["judge"] = json.loads(json.dumps(testbed.judges.description()))
+        summary["answers"] = most_cut_short(folder.rows)
     folder.finish(summary, states)
     return summary
 
@@ -283,11 +285,11 @@ class _Bench:
         judging: dict[str, Any] = {}
         parts = [sys.modules[type(testbed).__module__]]
         if isinstance(testbed, OwnBed):
-            judging = testbed.judges.description()
+            judging = testbed.judges.description() | {"max_new_tokens": testbed.max_new_tokens}
             parts.append(sys.modules[type(testbed.judges).__module__])
         self._code = code_version(
-            adaptive, editing, finetune, inserts, rl, chat, outcomes, probe, losses, material,
-            pipeline, *parts,
+            adaptive, editing, finetune, inserts, rl, chat, generation, thinking, outcomes, probe,
+            losses, material, pipeline, *parts,
         )  # fmt: skip
         self._judging = json.loads(json.dumps(judging))
         # Every set that an attack may train on or be judged by.
@@ -667,7 +669,7 @@ class _RunFolder:
         self._battery = battery
         self._hashes = {name: target.hash for name, target in targets.items()}
         self._testbed = testbed
-        self._rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
         self._lessons: list[dict[str, Any]] = []
         manifest = self.path / "manifest.json"
         if manifest.exists():
@@ -702,7 +704,7 @@ class _RunFolder:
         _write_yaml(self.path / "battery.yaml", as_document(self._battery, states))
         for one in finished:
             self._take(one, one.owners)
-        write_atomic(self.path / "attacks.jsonl", _lines(self._rows))
+        write_atomic(self.path / "attacks.jsonl", _lines(self.rows))
         # A file without rows would hide that nothing was learnt; what an earlier start concluded
         # is not about these rows.
         for name in ("trainability.jsonl", "summary.json", "verdict.json", "report.html"):
@@ -726,7 +728,7 @@ class _RunFolder:
     def table(self) -> list[dict[str, Any]]:
         """Return one entry for each attack: its best on every target, over all seeds' means."""
         found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-        for row in self._rows:
+        for row in self.rows:
             found.setdefault(row["attack"], {}).setdefault(row["target"], []).append(row)
         order = {entry.id: number for number, entry in enumerate(self._battery.entries)}
         names = {entry.id: entry.name for entry in self._battery.entries}
@@ -764,7 +766,7 @@ class _RunFolder:
                 lessons += [
                     {**lesson, "target": target, "seed": seed} for lesson in result["lessons"]
                 ]
-        self._rows += rows
+        self.rows += rows
         self._lessons += lessons
         return rows, lessons
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from typing import Any
 
 from mithridate.testbeds import TESTBEDS
 
@@ -19,6 +21,21 @@ def validity_limits(testbed: str, judge: str = "exact") -> tuple[str, ...]:
         ), DATA
     limits: tuple[str, ...] = importlib.import_module(target.partition(":")[0]).LIMITS
     return limits
+
+
+def cut_short(answers: Mapping[str, Any]) -> list[str]:
+    """Return what was generated too little for, from a summary's ``answers``; worst first."""
+    most = {name: value for name, value in answers.items() if isinstance(value, int)}
+    tokens = most.get("max_new_tokens", 0)
+    said = {
+        "n_too_long": "{} questions have answers longer than the {} tokens that are generated, or "
+        "than the model has positions for: they count as not answered.",
+        "n_unfinished": "Up to {} answers at a probe are thoughts that did not end within {} "
+        "tokens: they are no answers, and count as degenerate.",
+        "n_cut": "Up to {} answers at a probe were cut after {} tokens, and judged by what was "
+        "there.",
+    }
+    return [text.format(most[name], tokens) for name, text in said.items() if most.get(name)]
 
 
 JUDGED_BY = {

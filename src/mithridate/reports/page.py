@@ -16,7 +16,7 @@ from mithridate.printable import printable
 from mithridate.reports.charts import LineChart, Marker, Series, ShareBar, percent, stretches
 from mithridate.reports.conclusion import HARM_LIMIT, conclude
 from mithridate.reports.html import flat, printable_lines, render
-from mithridate.reports.limits import NOT_RUN, validity_limits
+from mithridate.reports.limits import NOT_RUN, cut_short, validity_limits
 from mithridate.reports.run_folder import TARGETS, RunFolder, read_run
 from mithridate.reports.verdict_page import battery_page, section, utility_rows
 from mithridate.testbeds import TESTBEDS
@@ -114,7 +114,10 @@ def render_report(
         diverged=[printable(str(name)) for name in summary.get("attack", {}).get("diverged", ())],
         harm_meaning=_harm_meaning(judge, harmless=harmless),
         has_benign="benign_finetuning" in summary,
-        limits=validity_limits(testbed, judge),
+        limits=[
+            *validity_limits(testbed, judge),
+            *cut_short(summary.get("attack", {}).get("answers") or {}),
+        ],
         manifest=list(flat(run.manifest)),
         method=method or "the method",
         not_run=NOT_RUN,

@@ -14,7 +14,7 @@ from mithridate.errors import GateError
 from mithridate.printable import printable
 from mithridate.reports.charts import IntervalBar
 from mithridate.reports.html import flat, printable_lines, render
-from mithridate.reports.limits import validity_limits
+from mithridate.reports.limits import cut_short, validity_limits
 from mithridate.verdicts import RANK, Term, judge_run
 
 MEANINGS: Mapping[str, str] = {
@@ -106,7 +106,10 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
             for one in run.get("failed", ())
         ],
         files=", ".join(sorted(document["sources"])),
-        limits=validity_limits(testbed, str(run.get("judge", {}).get("name", "exact"))),
+        limits=[
+            *validity_limits(testbed, str(run.get("judge", {}).get("name", "exact"))),
+            *cut_short(run.get("answers") or {}),
+        ],
         provenance=[
             *flat(document["sources"]),
             *(flat(json.loads(manifest.read_text(encoding="utf-8"))) if manifest.exists() else ()),

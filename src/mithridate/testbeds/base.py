@@ -104,6 +104,8 @@ class Testbed(Protocol):
 
     Attributes
     ----------
+    max_new_tokens
+        Of an answer; 0: as many as the items' answers need.
     refusals
         Every refusal the judge recognises, trained or held out.
     attack_preset
