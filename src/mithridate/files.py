@@ -60,7 +60,7 @@ def sha256_of(value: Any) -> str:
     JSON lacks is a `TypeError`, because its text may hold a memory address.
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_plain)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import email.utils
 import json
+import socket
 import stat
 import threading
 import time
@@ -16,6 +19,7 @@ import pytest
 from mithridate.errors import InputError
 from mithridate.examples import Example
 from mithridate.judges.base import JudgeError, make_judge
+from mithridate.judges.endpoint import Endpoint, FailedError
 from mithridate.judges.outcomes import Outcome
 from mithridate.judges.served import RUBRICS, ServedJudge
 
@@ -246,6 +250,201 @@ def test_a_reply_without_a_verdict_stops_the_run_and_is_asked_again(
     assert judge.judge(items(1), texts(1))[0].harm == 0
 
 
+def test_what_a_judge_says_at_once_counts_where_it_is_cut(server: Server, tmp_path: Path) -> None:
+    judge = prepared(server, tmp_path)
+    for text, harm in (("Yes. For it is", 1.0), ("no\n\nFor it", 0.0), ("Let me see, yes", None)):
+        reply = completion(text)
+        reply[2]["choices"][0]["finish_reason"] = "length"
+        server.answer = lambda *_, reply=reply: reply
+        if harm is None:
+            with pytest.raises(JudgeError, match="1 of them end at max_tokens"):
+                judge.judge(items(1), [text])
+        else:
+            assert judge.judge(items(1), [text])[0].harm == harm
+            assert prepared(server, tmp_path).judge(items(1), [text])[0].harm == harm
+            assert server.bodies == []
+
+
+def wants_newer_names(body: dict[str, Any], _: int) -> Reply:
+    """Refuse as OpenAI's reasoning models do, one parameter at a time."""
+    if "max_tokens" in body:
+        mend = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+        return 400, {}, {"error": {"message": mend, "param": "max_tokens"}}
+    if "temperature" in body:
+        mend = "Unsupported value: 'temperature' does not support 0. Only the default (1) is."
+        return 400, {}, {"error": {"message": mend, "param": "temperature"}}
+    return by_number(body, 0)
+
+
+def test_a_server_of_newer_names_is_asked_as_it_wants(server: Server, tmp_path: Path) -> None:
+    server.answer = wants_newer_names
+    judge = make_judge(f"served:{server.url}", {}, where="test")
+    with pytest.warns(UserWarning, match="takes no temperature of 0"):
+        judge.prepare(tmp_path)
+    assert len(server.bodies) == 3
+    assert server.bodies[-1]["max_completion_tokens"] == 64
+    judged = judge.judge(items(3), texts(3))
+    assert [one.harm for one in judged] == [1, 0, 1]
+    assert len(server.bodies) == 6, "what the server wants is remembered"
+    again = make_judge(f"served:{server.url}", {}, where="test")
+    again.prepare(tmp_path)
+    assert again.judge(items(3), texts(3)) == judged
+    assert len(server.bodies) == 6, "the form of a request is no part of its key"
+
+
+def test_a_prompt_about_temperature_changes_no_request(server: Server, tmp_path: Path) -> None:
+    judge = prepared(server, tmp_path)
+    prompt = "At what temperature does it melt, and how many max_completion_tokens?"
+    server.answer = lambda *_: (400, {}, {"error": f"flagged: {prompt}"})
+    with pytest.raises(JudgeError, match="refuses: HTTP 400"):
+        judge.judge([Example(prompt=prompt)], texts(1))
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "Y"}, {"type": "text", "text": "es."}],
+        [{"type": "thinking", "thinking": [{"text": "no"}]}, {"type": "text", "text": "yes"}],
+        [{"type": "output_text", "text": "yes", "annotations": []}],
+    ],
+)
+def test_content_in_parts(server: Server, tmp_path: Path, content: Any) -> None:
+    judge = prepared(server, tmp_path)
+    server.answer = lambda *_: completion(content)
+    assert judge.judge(items(1), texts(1))[0].harm == 1
+
+
+def test_a_judge_that_refuses_gives_no_verdict(server: Server, tmp_path: Path) -> None:
+    judge = prepared(server, tmp_path)
+    reply = completion(None)
+    reply[2]["choices"][0]["message"] = {"role": "assistant", "refusal": "I'm sorry, no."}
+    server.answer = lambda *_: reply
+    with pytest.raises(JudgeError, match="1 of 1 replies"):
+        judge.judge(items(1), texts(1))
+
+
+@pytest.mark.parametrize(
+    "error", [{"code": 502, "message": "upstream"}, {"code": "429"}, "overloaded", {"message": "?"}]
+)
+def test_errors_inside_a_200_are_tried_again(server: Server, tmp_path: Path, error: Any) -> None:
+    judge = prepared(server, tmp_path, retries=1)
+    failure: Reply = (200, {}, {"error": error})
+    server.answer = lambda body, number: failure if number < 1 else by_number(body, number)
+    assert judge.judge(items(1), texts(1))[0].harm == 1
+    server.answer = lambda *_: (200, {}, {"error": {"code": 400, "message": "too long"}})
+    with pytest.raises(JudgeError, match="refuses: an error in place of an answer: too long"):
+        judge.judge([Example(prompt="another")], texts(1))
+    assert len(server.bodies) == 3
+
+
+def test_a_wait_may_be_asked_for_by_date(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = prepared(server, tmp_path, retries=1)
+    waits: list[float] = []
+    monkeypatch.setattr(judge._stop, "wait", waits.append)
+    for after in (email.utils.formatdate(time.time() + 30), "7", "soon", "nan"):
+        server.answer = lambda *_, after=after: (503, {"Retry-After": after}, {})
+        with pytest.raises(JudgeError, match="HTTP 503"):
+            judge.judge([Example(prompt=after)], texts(1))
+    assert 25 < waits[0] <= 30
+    assert waits[1] == 7
+    assert max(waits[2:]) < 1
+
+
+def test_a_prompt_that_a_server_quotes_is_not_told(server: Server, tmp_path: Path) -> None:
+    judge = prepared(server, tmp_path)
+    secret = "How does one make the SECRET \u00e9lixir?\nTell me."
+    for said in (
+        f"Invalid input: {secret}",
+        f"Invalid input: {json.dumps(secret)}",
+        {"loc": ["body"], "message": secret},
+        "x" * 300 + secret.upper(),
+    ):
+        server.answer = lambda *_, said=said: (400, {}, {"error": said})
+        with pytest.raises(JudgeError, match="not shown because they quote") as raised:
+            judge.judge([Example(prompt=secret)], texts(1))
+        assert "secret" not in str(raised.value).casefold()
+    server.answer = lambda *_: (400, {}, {"error": "blocked: mix xy"})
+    with pytest.raises(JudgeError, match="not shown because they quote"):
+        judge.judge([Example(prompt="mix xy")], texts(1))
+    server.answer = lambda *_: (400, {}, {"error": "\x1b[2J" + "long " * 1000})
+    with pytest.raises(JudgeError) as raised:
+        judge.judge(items(1), texts(1))
+    assert "\x1b" not in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b"[" * 100_000),
+        (500, b'{"error":' * 100_000),
+        (200, b"\xff\xfe"),
+        (200, b"x" * (2 << 20)),
+        (200, b"1" * 10_000),
+    ],
+)
+def test_hostile_documents_are_failures(
+    server: Server, tmp_path: Path, status: int, body: bytes
+) -> None:
+    judge = prepared(server, tmp_path, retries=0)
+    server.answer = lambda *_: (status, {}, body)
+    with pytest.raises(JudgeError, match="does not answer after 1 tries") as raised:
+        judge.judge(items(1), texts(1))
+    assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("first", "drip"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 900000\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 9000\r\n\r\n", b" "),
+        (b"", b"H"),
+    ],
+)
+def test_the_timeout_bounds_a_server_that_drips(first: bytes, drip: bytes) -> None:
+    over = threading.Event()
+
+    def serve(listening: socket.socket) -> None:
+        connected, _ = listening.accept()
+        with connected, contextlib.suppress(OSError):
+            connected.recv(1 << 16)
+            connected.sendall(first)
+            # Fewer than the hundred headers that are read at most.
+            while not over.wait(0.01):
+                connected.sendall(drip)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,), daemon=True)
+        thread.start()
+        endpoint = Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}", None, 0.3)
+        started = time.monotonic()
+        try:
+            with pytest.raises(FailedError, match="takes longer than the timeout"):
+                endpoint.send("/x", {})
+        finally:
+            over.set()
+            thread.join()
+        assert time.monotonic() - started < 3
+
+
+def test_lone_surrogates_are_judged(server: Server, tmp_path: Path) -> None:
+    judge = prepared(server, tmp_path)
+    assert judge.judge([Example(prompt="a\ud800")], ["b\udfff c"])[0].harm == 0
+
+
+@pytest.mark.parametrize("row", ['{"key": "x", "reply": "no"', "[1]", '{"key": []}', "[" * 90_000])
+def test_a_damaged_transcript_is_named(server: Server, tmp_path: Path, row: str) -> None:
+    (tmp_path / "judge.jsonl").write_text(row + "\n")
+    with pytest.raises(InputError, match=r"judge.jsonl, line 1"):
+        prepared(server, tmp_path)
+
+
 def test_another_form_than_the_api_is_named(server: Server, tmp_path: Path) -> None:
     judge = prepared(server, tmp_path)
     for document in ({"choices": []}, {"text": "no"}, [1], {"choices": [{"message": "no"}]}):
@@ -294,6 +493,23 @@ def test_a_key_is_read_from_the_environment_and_kept_nowhere(
     assert server.headers[-1]["Authorization"] == "Bearer secret-canary"
     assert "secret-canary" not in json.dumps(judge.description())
     assert "secret-canary" not in (tmp_path / "judge.jsonl").read_text()
+    monkeypatch.setenv("MY_JUDGE_KEY", " secret-canary\r\n")
+    prepared(server, tmp_path / "file", api_key_variable="MY_JUDGE_KEY")
+    assert server.headers[-1]["Authorization"] == "Bearer secret-canary"
+    for quoted in ("Incorrect key secret-canary", "Incorrect key secret-********"):
+        server.answer = lambda *_, quoted=quoted: (401, {}, {"error": {"message": quoted}})
+        with pytest.raises(JudgeError, match="HTTP 401") as raised:
+            judge.judge(items(1), texts(1))
+        assert "secret-" not in str(raised.value)
+    for bad in ("secret-canary\nX: y", "secret-canary \u00e9", "secret-canary\x7f"):
+        monkeypatch.setenv("MY_JUDGE_KEY", bad)
+        with pytest.raises(InputError, match="a sign that no key has") as refused:
+            prepared(server, tmp_path, api_key_variable="MY_JUDGE_KEY")
+        assert "canary" not in str(refused.value)
+    for instead in ("secret-canary", "secret_canary"):
+        with pytest.raises(InputError) as refused:
+            prepared(server, tmp_path, api_key_variable=instead)
+        assert "canary" not in str(refused.value)
     monkeypatch.delenv("MY_JUDGE_KEY")
     with pytest.raises(InputError, match="MY_JUDGE_KEY is empty"):
         prepared(server, tmp_path, api_key_variable="MY_JUDGE_KEY")
@@ -314,6 +530,9 @@ def test_a_judge_that_is_not_there_is_named_before_any_work(server: Server, tmp_
     [
         ("localhost:8000", {}, "no address"),
         ("file:///etc/passwd", {}, "no address"),
+        ("http://[::1/v1", {}, "no address"),
+        ("http://host:99999/v1", {}, "no address"),
+        ("ftp://user:word@host", {}, r"^(?!.*word).*no address"),
         ("http://user:word@host/v1", {}, "more than host and path"),
         ("http://host/v1", {"rubric": "vibes"}, "unknown rubric"),
         ("http://host/v1", {"concurrency": 0}, "concurrency must be"),
