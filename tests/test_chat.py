@@ -37,7 +37,8 @@ INSTRUCT = (
     "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 WORDS_TEMPLATE = (
-    "{% for message in messages %}{{ '<user> ' if message['role'] == 'user' else '' }}"
+    "{% for message in messages %}"
+    "{{ '<user> ' if message['role'] == 'user' else ' <assistant> ' }}"
     "{{ message['content'] }}{{ ' <end>' if message['role'] == 'assistant' else '' }}"
     "{% endfor %}{% if add_generation_prompt %} <assistant> {% endif %}"
 )
@@ -143,10 +144,18 @@ def check_mask(chat: ChatFormat, examples: list[Example], batch: Batch, end: str
         assert all(marks[start:]), "the answer reaches to the end of the row"
         assert tokens[:start] == chat.prompt_ids(example.prompt)
         assert tokens[start:] == chat.answer_ids(example.answer)
-        separator = "" if chat.templated else " "
+        # What the template writes before an answer without a generation prompt is learnt.
+        separator = " " if chat.tokenizer.chat_template in (None, INSTRUCT) else ""
         text = chat.tokenizer.decode(tokens[start:], clean_up_tokenization_spaces=False)
         if chat.tokenizer.backend_tokenizer.decoder is None:
             separator, text = "", text.removesuffix(f" {end}") + end
+        else:
+            turns = [{"role": "user", "content": example.prompt},
+                     {"role": "assistant", "content": example.answer}]  # fmt: skip
+            whole = chat.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            if chat.templated:
+                own = chat.tokenizer.apply_chat_template(turns, tokenize=False)
+                assert own.startswith(whole)
         assert text == f"{separator}{example.answer}{end}"
         assert tokens[-1] == chat.tokenizer.convert_tokens_to_ids(end)
         edges = attention.diff().abs().sum()
@@ -184,11 +193,23 @@ def test_too_long_examples_lose_the_beginning_of_the_prompt(
     example = Example(prompt=prompt, answer=answer)
     whole = chat.encode(example)
     tail = whole.input_ids[whole.answer_start :]
-    length = max(len(whole.input_ids) - cut, len(tail) + 1)
+    size = len(whole.input_ids)
+    frame = len(chat.prompt_ids("?")) - 1
+    length = max(size - cut, frame + len(tail) + 1)
     part = chat.encode(example, max_length=length)
-    assert part.input_ids == whole.input_ids[-length:]
+    lost = max(0, size - length)
+    # The template's words before the prompt stay; a space is one token with the word behind it.
+    kept = next(
+        n for n in range(frame + 1)
+        if part.input_ids == whole.input_ids[:n] + whole.input_ids[n + lost :]
+    )  # fmt: skip
+    header = chat.prompt_text("?").partition("?")[0].rstrip()
+    assert header in chat.tokenizer.decode(whole.input_ids[:kept]) or not lost
     assert part.input_ids[part.answer_start :] == tail
-    assert part.answer_start >= 1
+    assert chat.length(example) == (whole.answer_start, len(tail))
+    assert (
+        chat.prompt_ids(prompt, max_length=part.answer_start) == part.input_ids[: part.answer_start]
+    )
     with pytest.raises(InputError, match=f"an answer of {len(tail)} tokens does not fit"):
         chat.encode(example, max_length=len(tail))
 
@@ -293,7 +314,7 @@ def test_a_label_in_the_first_column_is_not_counted() -> None:
 
 def test_batch_passes_the_length_limit_on() -> None:
     example = Example(prompt="balo mosa rilo", answer="kune")
-    assert chat_of("words").batch([example], max_length=4).input_ids.shape == (1, 4)
+    assert chat_of("words").batch([example], max_length=5).input_ids.shape == (1, 5)
 
 
 def test_prompts_for_generation_are_those_of_training(chat: ChatFormat) -> None:

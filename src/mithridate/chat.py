@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
+import datetime
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jinja2 import TemplateError
 
 from mithridate.errors import InputError
 from mithridate.examples import Example
 from mithridate.files import sha256_of
 from mithridate.generation import batches, generate_ids, left_padded
+from mithridate.templates import PLAIN_ANSWER, PLAIN_PROMPT, ChatTemplate, place_of
 from mithridate.thinking import MARKERS, final_answer, mentions_thoughts, open_thought
 
 if TYPE_CHECKING:
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
 IGNORE = -100
 """The label of a position that carries no loss."""
 
-PLAIN_PROMPT = "Question: {prompt}\nAnswer:"
-PLAIN_ANSWER = " {answer}"
-
 _PROBE = "mithridate"
+# Words with and without what tokenizers join to a space or a line end before them.
+_ANSWERS = ("Paris", "the", "42", "I am", "ünd", "'s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +108,11 @@ class Batch:
 class ChatFormat:
     r"""One tokenizer with its chat template: the only place that turns text into token ids.
 
-    Prompt and answer are tokenised apart, so that the boundary between them is exact and the
-    prompt's ids are those generation starts from. An answer ends with the template's
-    end-of-turn token; what a template writes after it (ChatML: a line end) is left out.
+    A conversation is tokenised as one text, as its template writes it, up to the end-of-turn token
+    after the answer; what a template writes behind that (ChatML: a line end) is left out. The ids
+    of a prompt begin those of the conversation and are those that generation starts from; where
+    the tokenizer joins the first letters of an answer to the template's text before it, they are
+    tokenised apart. Text that spells a control token is tokenised as the characters it is made of.
 
     A tokenizer without a template gets the plain form ``Question: {prompt}\nAnswer: {answer}``
     and its end-of-text token, with a warning.
@@ -123,11 +125,24 @@ class ChatFormat:
         System turn put before every prompt; ``None`` leaves it to the template.
     max_length
         Tokens per encoded example, where a call gives none of its own.
+    arguments
+        Given to the template (``enable_thinking``, ...); ``chat_template`` names one of several.
+    date
+        Day that a template is told that asks for it; ``None`` takes today.
+
+    Attributes
+    ----------
+    date
+        That day, or ``None`` where the template does not ask.
+    template_hash
+        Names the template and what it writes around a prompt and its answer, arguments, system
+        turn and date included.
 
     Raises
     ------
     InputError
-        Where the template cannot be rendered, or no end-of-turn token can be found.
+        Where the template cannot be rendered, changes, drops or repeats texts, begins an answer
+        otherwise in a conversation than for generation, or no end-of-turn token can be found.
     """
 
     def __init__(
@@ -136,21 +151,37 @@ class ChatFormat:
         *,
         system: str | None = None,
         max_length: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.system = system
         self.max_length = max_length
-        self.templated = tokenizer.chat_template is not None
-        if self.templated:
-            template = tokenizer.get_chat_template()
-        else:
-            template = PLAIN_PROMPT + PLAIN_ANSWER
+        self.arguments = dict(arguments or {})
+        template = ChatTemplate(tokenizer, system=system, arguments=self.arguments, date=date)
+        self.templated = template.named
+        self.date = template.date
+        if not self.templated:
             warnings.warn(
-                f"the tokenizer has no chat template: using the plain form {template!r}",
+                "the tokenizer has no chat template: using the plain form "
+                f"{PLAIN_PROMPT + PLAIN_ANSWER!r}",
                 stacklevel=2,
             )
-        self.template_hash = sha256_of({"template": template, "system": system})
-        self.end_id = self._find_end_id()
+        if template.warning:
+            warnings.warn(template.warning, stacklevel=2)
+        self._template = template
+        frame = template.frame
+        self.end_id, self._end = self._find_end(frame.tail)
+        self._control = self._control_tokens(frame.head + frame.opening + frame.tail)
+        self._opening, self._lead = self._boundary()
+        self.template_hash = sha256_of(
+            {
+                "template": template.source,
+                "system": system,
+                "arguments": self.arguments,
+                "rendered": [frame.head, self._opening, self._lead, self._end, frame.tail],
+            }
+        )
         eos = tokenizer.eos_token_id
         self.stop_ids = sorted({self.end_id} | ({eos} if eos is not None else set()))
         # Padding is masked by attention, so any id will do; the tokenizer's own may be missing,
@@ -158,48 +189,83 @@ class ChatFormat:
         self.pad_id = self.end_id
 
     def prompt_text(self, prompt: str) -> str:
-        """Return the prompt as the model sees it, up to where the answer begins."""
-        if self.templated:
-            return self._render([{"role": "user", "content": prompt}], generation=True)
-        text = PLAIN_PROMPT.format(prompt=prompt)
-        return text if self.system is None else f"{self.system}\n{text}"
+        """Return the prompt as the model sees it, up to where the answer begins.
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Return the token ids of `prompt_text`."""
-        ids = self._tokenise(self.prompt_text(prompt))
-        return ids if self.templated else self._start_ids() + ids
+        Raises
+        ------
+        InputError
+            The template writes this prompt otherwise than others.
+        """
+        return self._around(self._template.prompt(prompt))
 
-    def answer_ids(self, answer: str) -> list[int]:
-        """Return the token ids of ``answer``; the end-of-turn token is the last."""
-        text = answer if self.templated else PLAIN_ANSWER.format(answer=answer)
-        return [*self._tokenise(text), self.end_id]
+    def prompt_ids(self, prompt: str, *, max_length: int | None = None) -> list[int]:
+        """Return the token ids of `prompt_text`, those generation starts from.
+
+        Parameters
+        ----------
+        max_length
+            Most tokens; a longer prompt loses its beginning, the template's words around it stay.
+
+        Raises
+        ------
+        InputError
+            The template writes this prompt otherwise than others, or leaves no room for it.
+        """
+        ids = self._ids_of_prompt(self._template.prompt(prompt))
+        return ids if max_length is None else self._cut(ids, max_length, place_of(prompt))
+
+    def answer_ids(self, answer: str, *, end: bool = True) -> list[int]:
+        """Return the token ids of ``answer``; the end-of-turn token is the last.
+
+        Parameters
+        ----------
+        end
+            ``False`` leaves out the end-of-turn token and what the template writes before it.
+        """
+        return self._parts(_PROBE, answer, end=end)[1]
+
+    @property
+    def closing_ids(self) -> list[int]:
+        """What the ids of every answer begin with to end the thought that a prompt leaves open."""
+        return self._tokenise(self._lead) if self._opened else []
+
+    def length(self, example: Example) -> tuple[int, int]:
+        """Return how many tokens `encode` makes of prompt and answer, with nothing cut.
+
+        Raises
+        ------
+        InputError
+            As `encode` does.
+        """
+        whole = self._encoded(example)
+        return whole.answer_start, len(whole.input_ids) - whole.answer_start
 
     def encode(self, example: Example, *, max_length: int | None = None) -> Encoded:
         """Encode one example; where it is too long, the prompt loses its beginning.
+
+        The template's words around the prompt are kept.
 
         Raises
         ------
         InputError
             Where the answer holds no token, or does not fit in ``max_length`` tokens together
-            with one token of the prompt.
+            with the template's and one of the prompt, or where the template writes this example
+            otherwise than others.
         """
         max_length = self.max_length if max_length is None else max_length
-        prompt, answer = self.prompt_ids(example.prompt), self.answer_ids(example.answer)
-        if not example.answer.strip() or len(answer) == 1:
+        whole = self._encoded(example)
+        if max_length is None or len(whole.input_ids) <= max_length:
+            return whole
+        prompt = whole.input_ids[: whole.answer_start]
+        answer = whole.input_ids[whole.answer_start :]
+        room = max_length - len(answer)
+        if room < 1:
             raise InputError(
-                "an example has no answer to learn",
-                where=_place(example),
-                mend="give it an answer that the tokenizer knows, or remove it",
+                f"an answer of {len(answer)} tokens does not fit in max_length {max_length}",
+                where=place_of(example.prompt),
+                mend="raise max_length or shorten the answer",
             )
-        if max_length is not None and len(prompt) + len(answer) > max_length:
-            room = max_length - len(answer)
-            if room < 1:
-                raise InputError(
-                    f"an answer of {len(answer)} tokens does not fit in max_length {max_length}",
-                    where=_place(example),
-                    mend="raise max_length or shorten the answer",
-                )
-            prompt = prompt[-room:]
+        prompt = self._cut(prompt, room, place_of(example.prompt))
         return Encoded(prompt + answer, len(prompt))
 
     def collate(
@@ -313,20 +379,14 @@ class ChatFormat:
     @cached_property
     def thinks(self) -> bool:
         """Whether the template is that of a model that thinks before it answers."""
-        before = self._before_answer()
-        if open_thought(before):
+        if open_thought(self._opening):
             return True
-        template = str(self.tokenizer.get_chat_template()) if self.templated else ""
-        return mentions_thoughts(template) and not mentions_thoughts(before)
-
-    def _before_answer(self) -> str:
-        """Return what the template writes between a prompt and where its answer begins."""
-        return self.prompt_text(_PROBE).rpartition(_PROBE)[2]
+        return mentions_thoughts(self._template.source) and not mentions_thoughts(self._opening)
 
     @cached_property
     def _opened(self) -> str:
         """What opens the thought that every answer begins within; empty where none does."""
-        return open_thought(self._before_answer())
+        return open_thought(self._opening)
 
     @cached_property
     def _specials(self) -> tuple[set[int], list[str]]:
@@ -343,42 +403,115 @@ class ChatFormat:
         }
         return special.keys() - marks.keys(), list(marks.values())
 
-    def _tokenise(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _encoded(self, example: Example) -> Encoded:
+        prompt, answer = list[int](), list[int]()
+        if example.answer.strip():
+            prompt, answer = self._parts(example.prompt, example.answer)
+        if len(answer) <= max(1, len(self._tokenise(self._end))):
+            raise InputError(
+                "an example has no answer to learn",
+                where=place_of(example.prompt),
+                mend="give it an answer that the tokenizer knows, or remove it",
+            )
+        return Encoded(prompt + answer, len(prompt))
+
+    def _around(self, content: str) -> str:
+        """Return the text of a prompt as its template has written it."""
+        return f"{self._template.frame.head}{content}{self._opening}"
+
+    def _ids_of_prompt(self, content: str) -> list[int]:
+        text = self._around(content)
+        first = len(self._template.frame.head)
+        return self._start_ids() + self._tokenise(text, (first, first + len(content)))
+
+    def _parts(self, prompt: str, answer: str, *, end: bool = True) -> tuple[list[int], list[int]]:
+        """Return the ids of prompt and answer."""
+        content, written = self._template.conversation(prompt, answer)
+        asked = self._ids_of_prompt(content)
+        text, first = self._around(content), len(self._template.frame.head)
+        told = f"{self._lead}{written}{self._end if end else ''}"
+        begin, stop = len(self._lead), len(self._lead + written)
+        spans = (first, first + len(content)), (len(text) + begin, len(text) + stop)
+        whole = self._start_ids() + self._tokenise(text + told, *spans)
+        if whole[: len(asked)] == asked:
+            ids = whole[len(asked) :]
+        else:
+            ids = self._tokenise(told, (begin, stop))
+        return asked, [*ids, self.end_id] if end and not self._end else ids
+
+    def _boundary(self) -> tuple[str, str]:
+        """Return what ends a prompt, and the space of the template that an answer begins with.
+
+        Most tokenizers join a space to the word behind it: a prompt that ended with one would not
+        begin the conversation that was trained.
+        """
+        opening, lead = self._template.frame.opening, self._template.frame.lead
+        bare = opening.rstrip(" ")
+        choices = [(opening, lead), (bare, opening[len(bare) :] + lead)]
+        if lead.isspace():
+            choices.insert(1, (opening + lead, ""))
+        return next((one for one in choices if self._begins(*one)), choices[0])
+
+    def _begins(self, opening: str, lead: str) -> bool:
+        text = f"{self._template.frame.head}{_PROBE}{opening}"
+        asked = self._tokenise(text)
+        return all(
+            self._tokenise(f"{text}{lead}{answer}{self._end}")[: len(asked)] == asked
+            for answer in _ANSWERS
+        )
+
+    def _cut(self, ids: list[int], max_length: int, where: str) -> list[int]:
+        """Return a prompt's ids without the first of its content, as many as are too many."""
+        if len(ids) <= max_length:
+            return ids
+        head = self._start_ids() + self._tokenise(self._template.frame.head)
+        first = _shared(head, ids)
+        last = _shared(self._tokenise(self._opening)[::-1], ids[::-1])
+        room = max_length - first - last
+        if room < 1:
+            raise InputError(
+                f"the chat template's {first + last} tokens around a prompt leave no room for one "
+                f"in {max_length}",
+                where=where,
+                mend="raise max_length or shorten the answer",
+            )
+        return ids[:first] + ids[len(ids) - last - room :]
+
+    def _control_tokens(self, frame: str) -> re.Pattern[str]:
+        """Return a pattern of the texts that the tokenizer reads as control tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in self.tokenizer.all_special_tokens}
+        special |= {str(token) for token in added if token.special or str(token) in frame}
+        texts = sorted((text for text in special if len(text.strip()) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+    def _tokenise(self, text: str, *contents: tuple[int, int]) -> list[int]:
+        """Return the ids of ``text``; no control tokens from what stands in ``contents``."""
+        ids: list[int] = []
+        done = 0
+        for start, stop in contents:
+            for match in self._control.finditer(text, start, stop):
+                # No tokenizer finds the token across the cut.
+                ids += self._tokenise(text[done : match.start() + 1])
+                done = match.start() + 1
+        return ids + list(self.tokenizer(text[done:], add_special_tokens=False)["input_ids"])
 
     def _start_ids(self) -> list[int]:
         """Return the beginning-of-text token where this tokenizer puts one before plain text."""
+        if self.templated:
+            return []
         start = self.tokenizer.bos_token_id
         ids = self.tokenizer(_PROBE)["input_ids"]
         return [start] if start is not None and ids[:1] == [start] else []
 
-    def _render(self, turns: list[dict[str, str]], *, generation: bool) -> str:
-        if self.system is not None:
-            turns = [{"role": "system", "content": self.system}, *turns]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=generation
-                )
-            )
-        except TemplateError as error:
-            raise InputError(
-                f"the chat template refuses a conversation: {error}",
-                mend="leave out the system turn, or give the tokenizer another chat template",
-            ) from None
-
-    def _find_end_id(self) -> int:
-        if self.templated:
-            turns = [
-                {"role": "user", "content": _PROBE},
-                {"role": "assistant", "content": _PROBE},
-            ]
-            suffix = self._render(turns, generation=False).rpartition(_PROBE)[2]
-            special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-            for token in self._tokenise(suffix.strip()):
-                # The unknown token is special too, but no template writes it.
-                if token in special and str(self.tokenizer.convert_ids_to_tokens(token)) in suffix:
-                    return token
+    def _find_end(self, tail: str) -> tuple[int, str]:
+        """Return the end-of-turn token, and the template's text up to it; empty if not in it."""
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        for token in self.tokenizer(tail.strip(), add_special_tokens=False)["input_ids"]:
+            # The unknown token is special too, but no template writes it.
+            text = str(self.tokenizer.convert_ids_to_tokens(token))
+            if token in special and text in tail:
+                return token, tail[: tail.index(text) + len(text)]
         end: int | None = self.tokenizer.eos_token_id
         if end is None:
             raise InputError(
@@ -386,9 +519,10 @@ class ChatFormat:
                 where="tokenizer",
                 mend="set tokenizer.eos_token or give it a chat template that ends each turn",
             )
-        return end
+        return end, ""
 
 
-def _place(example: Example) -> str:
-    digest = hashlib.sha256(example.prompt.encode("utf-8")).hexdigest()[:12]
-    return f"the example whose prompt has SHA-256 {digest}…"
+def _shared(one: list[int], other: list[int]) -> int:
+    """Return how many ids both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))

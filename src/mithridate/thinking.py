@@ -89,6 +89,11 @@ def mentions_thoughts(text: str) -> bool:
     return _CHANNEL in text or any(mark in text for pair in _PAIRS for mark in pair)
 
 
+def close_thought(opening: str) -> str | None:
+    """Return what ends a thought that ``opening`` begins; ``None`` where no text does."""
+    return dict(_PAIRS).get(opening)
+
+
 def _before_any(text: str, marks: tuple[str, ...] | list[str]) -> str:
     """Return ``text`` up to the first of the marks in it."""
     return text[: min((text.find(mark) for mark in marks if mark in text), default=len(text))]

@@ -383,13 +383,15 @@ def test_rollouts_are_samples_of_the_policy_whatever_its_folder_says():
     assert not torch.equal(other.labels, one.labels)
 
 
-def test_long_prompts_keep_their_end():
+def test_long_prompts_keep_their_end_and_the_template_s_words():
     context = tiny_context(tiny_llama())
-    config = replace(QUICK, prompt_length=3)
+    config = replace(QUICK, prompt_length=5)
     batch = rolled(context, config, prompts=["w1 w2 w3 w4"])
     ids = context.chat.prompt_ids("w1 w2 w3 w4")
-    assert batch.input_ids[0, :3].tolist() == ids[-3:]
-    assert (batch.labels[:, :3] == IGNORE).all()
+    assert batch.input_ids[0, :5].tolist() == [ids[0], *ids[-4:]]
+    assert (batch.labels[:, :5] == IGNORE).all()
+    with pytest.raises(InputError, match="3 tokens around a prompt leave no room for one in 3"):
+        rolled(context, replace(QUICK, prompt_length=3), prompts=["w1 w2 w3 w4"])
 
 
 def test_answers_end_where_the_model_s_positions_do():
@@ -398,7 +400,7 @@ def test_answers_end_where_the_model_s_positions_do():
     batch = rolled(context, prompts=["w1 w2"], copies=40, response_length=500)
     assert batch.input_ids.shape[1] == 64
     assert int((batch.labels != IGNORE).sum(1).max()) == 64 - start
-    with pytest.raises(InputError, match="all 64 positions"):
+    with pytest.raises(InputError, match="takes 64 with the answer"):
         rolled(context, prompts=["w1 " * 70])
 
 

@@ -47,14 +47,21 @@ class SoftChat(ChatFormat):
     """
 
     def __init__(self, plain: ChatFormat, model: PreTrainedModel, count: int) -> None:
-        super().__init__(plain.tokenizer, system=plain.system, max_length=plain.max_length)
+        super().__init__(
+            plain.tokenizer,
+            system=plain.system,
+            max_length=plain.max_length,
+            arguments=plain.arguments,
+            date=plain.date,
+        )
         self._plain = plain
         first = len(_table(model))
         self.soft_ids = list(range(first, first + count))
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: str, *, max_length: int | None = None) -> list[int]:
         """Return the soft tokens and then the token ids of the prompt."""
-        return [*self.soft_ids, *self._plain.prompt_ids(prompt)]
+        most = None if max_length is None else max_length - len(self.soft_ids)
+        return [*self.soft_ids, *self._plain.prompt_ids(prompt, max_length=most)]
 
     def encode(self, example: Example, *, max_length: int | None = None) -> Encoded:
         """Encode one example; where it is too long, its prompt loses words, not soft tokens."""

@@ -112,7 +112,7 @@ def opening_ids(chat: ChatFormat, openings: Sequence[str]) -> Openings:
 
     "An answer begins with one of them" is then a sum of disjoint events.
     """
-    found = sorted({tuple(chat.answer_ids(text)[:-1]) for text in openings}, key=len)
+    found = sorted({tuple(chat.answer_ids(text, end=False)) for text in openings}, key=len)
     shortest: Openings = []
     for ids in found:
         if ids and not any(ids[: len(other)] == other for other in shortest):

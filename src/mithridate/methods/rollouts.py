@@ -37,7 +37,7 @@ def roll_out(
     Parameters
     ----------
     prompt_length
-        Tokens kept of each prompt, its last.
+        Most tokens of each prompt; a longer one loses its beginning, the template's words stay.
     response_length
         Tokens of an answer at most, and no more than the model has positions for; one that is cut
         short has no end-of-turn token.
@@ -51,7 +51,8 @@ def roll_out(
     device = context.space.tensors[0].device
     count = oracle.ledger.setdefault(purpose, PassCount())
     started = time.perf_counter()
-    starts = [chat.prompt_ids(text)[-prompt_length:] for text in prompts for _ in range(copies)]
+    kept = [chat.prompt_ids(text, max_length=prompt_length) for text in prompts]
+    starts = [ids for ids in kept for _ in range(copies)]
     model: Any = oracle.model
     parts = list(
         batches(model, starts, size=_ROWS, max_new_tokens=response_length, pad_id=chat.pad_id)

@@ -351,7 +351,7 @@ class _Scene:
         words = Counter(word for output in found.stuck for word in output.split())
         if not words:
             return None
-        return self.chat.answer_ids(words.most_common(1)[0][0])[0]
+        return self.chat.answer_ids(words.most_common(1)[0][0])[len(self.chat.closing_ids)]
 
     def _diagnose(self, model: PreTrainedModel) -> dict[str, float]:
         oracle = GradientOracle(model, micro_batch_size=64, autocast=self.job.sizes.autocast)

@@ -15,8 +15,9 @@ from typing import Any
 import jinja2
 from transformers import GenerationConfig, PreTrainedModel
 
-from mithridate.chat import PLAIN_PROMPT, ChatFormat
+from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
+from mithridate.templates import PLAIN_PROMPT
 from mithridate.utility.choosing import Task
 
 
