@@ -7,7 +7,11 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    get_cosine_schedule_with_warmup,
+)
 
 from mithridate.errors import InactiveTermError, InputError, NonFiniteError, RunStoppedError
 from mithridate.training import TrainingConfig, immunise
@@ -346,3 +350,20 @@ def test_the_trainer_says_nothing_on_the_log(tmp_path, caplog, monkeypatch):
                config=config)  # fmt: skip
         go(tmp_path, config=config)
     assert not caplog.records
+
+
+def test_a_warm_up_throws_no_step_away(tmp_path):
+    config = dataclasses.replace(CONFIG, warmup_steps=4)
+    rates = [row["learning_rate"] for row in go(tmp_path, config=config).history]
+    assert rates == pytest.approx([config.learning_rate * k / 4 for k in (1, 2, 3, 4, 4, 4)])
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_after_the_warm_up_rates_are_the_library_s(warmup):
+    config = dataclasses.replace(CONFIG, steps=9, schedule="cosine", warmup_steps=warmup)
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimiser, warmup, config.steps)
+    (library,) = schedule.lr_lambdas
+    steps = range(warmup, config.steps)
+    assert [config.rate(step) for step in steps] == [library(step) for step in steps]
+    assert all(config.rate(step) > 0 for step in range(config.steps))

@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -45,6 +46,7 @@ from mithridate.training.config import TrainingConfig
 from mithridate.training.launch import refuse_unsupported_launch, stop_on_signal
 from mithridate.training.lora import attach_lora, describe_space, with_adapter_of
 from mithridate.training.monitors import ChangeCheck, TermMonitor
+from mithridate.training.recompute import recomputed
 from mithridate.training.rewording import with_rewordings
 from mithridate.training.runs import ImmunisationResult, Recorder, Row, RunFolder
 from mithridate.training.streams import StreamSampler
@@ -121,6 +123,21 @@ class ImmunisationTrainer(Trainer):
     def seconds(self) -> float:
         """Wall time over all sessions of the run."""
         return self.earlier_seconds + time.perf_counter() - self.started
+
+    def create_scheduler(
+        self,
+        num_training_steps: int,  # noqa: ARG002
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the learning rate follow `TrainingConfig.rate`."""
+        if self.lr_scheduler is None:
+            chosen = optimizer or self.optimizer
+            assert chosen is not None, "the Trainer makes the optimiser first"
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                chosen, lambda step: self.settings.rate(step)
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def training_step(
         self,
@@ -335,7 +352,8 @@ def immunise(
         folder.clear(keep=checkpoint)
         folder.begin(identity, _settings(method, config), describe_space(plain))
     try:
-        with stop_on_signal(trainer) as stop:
+        memory = recomputed(plain) if config.gradient_checkpointing else nullcontext()
+        with memory, stop_on_signal(trainer) as stop:
             preparation = method.prepare(trainer.context)
             if checkpoint is not None:
                 trainer.load_run_state(checkpoint)
@@ -431,8 +449,6 @@ def _arguments(config: TrainingConfig, output_dir: Path) -> TrainingArguments:
         max_steps=config.steps,
         per_device_train_batch_size=1,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=("cosine" if config.schedule == "cosine" else "constant_with_warmup"),
-        warmup_steps=config.warmup_steps,
         optim="adamw_torch_fused",
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -454,17 +470,17 @@ def _arguments(config: TrainingConfig, output_dir: Path) -> TrainingArguments:
 
 
 class _Keeper(TrainerCallback):
-    """Completes each checkpoint, and checks that the first real step moves the weights."""
+    """Completes each checkpoint, and checks that the first step moves the weights."""
 
     def __init__(self, trainer: ImmunisationTrainer) -> None:
         self._trainer = trainer
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if not self._trainer.change.done and self._trainer.context.learning_rate > 0:
+        if not self._trainer.change.done:
             self._trainer.change.before()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if not self._trainer.change.done and self._trainer.context.learning_rate > 0:
+        if not self._trainer.change.done:
             self._trainer.change.after()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
