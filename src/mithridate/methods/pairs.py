@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from mithridate.chat import IGNORE, Batch
+from mithridate.chat import IGNORE, Batch, Encoded
 from mithridate.errors import InputError
 from mithridate.examples import Example, normalise_prompt
 from mithridate.methods.base import RunContext
@@ -49,9 +49,8 @@ def telling_pairs(context: RunContext) -> list[Pair]:
     pairs = pair_by_prompt(context.examples["harmful"], context.examples["refusal"])
     kept = []
     for pair in pairs:
-        harmful, refusal = (context.chat.batch([example]) for example in pair)
-        sides = (harmful, refusal), (refusal, harmful)
-        if all(without_common_tokens(*side).label_count for side in sides):
+        harmful, refusal = (context.chat.encode(example) for example in pair)
+        if _differs(harmful, refusal) and _differs(refusal, harmful):
             kept.append(pair)
     alike = len(pairs) - len(kept)
     if not kept:
@@ -66,6 +65,11 @@ def telling_pairs(context: RunContext) -> list[Pair]:
             stacklevel=3,
         )
     return kept
+
+
+def _differs(own: Encoded, other: Encoded) -> bool:
+    answer = own.input_ids[own.answer_start :]
+    return answer != other.input_ids[own.answer_start :][: len(answer)]
 
 
 def without_common_tokens(own: Batch, other: Batch) -> Batch:
