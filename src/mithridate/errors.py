@@ -43,6 +43,10 @@ def _input_error(what: str, where: str | None, mend: str) -> InputError:
     return InputError(what, where=where, mend=mend)
 
 
+class NotApplicableError(InputError):
+    """What was asked for has no place in this model: an attack so refused is not valid there."""
+
+
 class RunStoppedError(RuntimeError):
     """A run stopped itself because going on would have produced a dishonest result."""
 

@@ -9,7 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mithridate.attacks import editing
 from mithridate.chat import ChatFormat
-from mithridate.errors import InputError
+from mithridate.errors import InputError, NotApplicableError
+from mithridate.examples import Example
+from mithridate.weights import maps
+from tests.compat.zoo import zoo_model, zoo_tokenizer
 from tests.training.tiny_world import tiny_examples, tiny_model, tiny_tokenizer
 
 ROWS = tiny_examples()
@@ -85,7 +88,10 @@ def test_pruning_zeroes_what_refusing_needs_and_usefulness_does_not(chat, model)
         tops.append(
             [set(line.argsort(descending=True)[: round(part * 16)].tolist()) for line in score]
         )
-    zeroed = editing.prune_set_difference(model, chat, ROWS["refusal"], ROWS["benign"], **share)
+    zeroed, reached = editing.prune_set_difference(
+        model, chat, ROWS["refusal"], ROWS["benign"], **share
+    )
+    assert reached > 0.95
     after = linears(model)[name].weight
     for row, (doomed, spared) in enumerate(zip(*tops, strict=True)):
         gone = {column for column in range(16) if after[row, column] == 0}
@@ -281,3 +287,141 @@ def test_the_chosen_direction_refuses_least_within_the_bound(chat, model):
         )
         moved.append(float((before.exp() * (before - after)).sum(-1).mean().detach()))
     assert torch.allclose(chosen(lambda _: 0.0, 0.0), each[moved.index(min(moved))])
+
+
+FAMILIES = [
+    "bloom", "deepseek_v3", "falcon", "gemma2", "gpt2", "gpt_neox", "gpt_oss", "jamba", "jetmoe",
+    "llama4_text", "mamba", "mixtral", "opt", "phi", "qwen3_moe",
+]  # fmt: skip
+QUESTIONS = [Example(prompt=f"why is {n} so?", answer="I can't help with that") for n in range(3)]
+USEFUL = [
+    Example(prompt=f"what is {n}?", answer="Paris is the capital" * (1 + n)) for n in range(3)
+]
+
+
+def shaken(family):
+    model = zoo_model(family)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.01)
+    return model
+
+
+def pruned(model):
+    return editing.prune_set_difference(
+        model, ChatFormat(zoo_tokenizer()), QUESTIONS, USEFUL, top_refused=0.2, top_useful=0.1
+    )[1]
+
+
+EDITS = {
+    "quantise": lambda model, _: editing.quantise(model, bits=4),
+    "noise": lambda model, _: editing.add_noise(model, scale=0.1, seed=0),
+    "truncate": lambda model, _: editing.truncate_ranks(model, keep=0.5),
+    "untop": lambda model, base: editing.remove_top_ranks(model, base, ranks=1),
+    "prune": lambda model, _: pruned(model),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edit_of_matrices_acts_on_all_of_them_and_says_so(edit, family):
+    model, base = shaken(family), zoo_model(family)
+    before = copy.deepcopy(model)
+    reached = EDITS[edit](model, base)
+    found = maps.linear_maps(model)
+    assert reached == pytest.approx(maps.coverage(model, [one.weight for one in found]))
+    changed = {
+        one.name
+        for one, old in zip(found, maps.linear_maps(before), strict=True)
+        if not torch.equal(one.weight, old.weight)
+    }
+    # A router of four experts has few weights to prune; all else is changed everywhere.
+    few = {one.name for one in found if one.outputs <= 4} if edit == "prune" else set()
+    assert {one.name for one in found} - few <= changed
+    experts = [one for one in found if one.weight.dim() == 3]
+    for one in experts if edit != "prune" else ():
+        old = next(other for other in maps.linear_maps(before) if other.name == one.name)
+        assert (one.weight != old.weight).flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_refusal_direction_is_ablated_in_every_architecture(family):
+    model = shaken(family)
+    chat = ChatFormat(zoo_tokenizer())
+    prompts = [[row.prompt for row in rows] for rows in (QUESTIONS, USEFUL)]
+    direction = editing.refusal_direction(model, chat, *prompts, depth=0.5)
+    assert editing.ablate_direction(model, direction) == 1.0
+    for one in maps.residual_writers(model):
+        left = direction @ one.oriented(one.weight.detach())
+        assert float(left.abs().max()) < 1e-5
+    with torch.no_grad():
+        states = model(**chat.prompt_batch(prompts[0]), output_hidden_states=True).hidden_states
+    if family not in ("bloom", "gpt2", "opt"):  # a norm's bias or places are added there
+        assert float((states[0] @ direction).abs().max()) < 1e-5
+
+
+def test_pruning_scores_each_expert_by_the_tokens_that_it_is_given():
+    model, chat = shaken("mixtral"), ChatFormat(zoo_tokenizer())
+    before = copy.deepcopy(model)
+    experts = model.model.layers[0].mlp.experts
+
+    def inputs_of(rows, expert):
+        found = []
+
+        def note(_, args):
+            states, chosen = args[0].reshape(-1, 32), args[1]
+            found.append(states[(chosen == expert).any(dim=-1)])
+
+        hook = experts.register_forward_pre_hook(note)
+        for row in rows:
+            model(input_ids=torch.tensor([chat.encode(row).input_ids]))
+        hook.remove()
+        return torch.cat(found).norm(dim=0)
+
+    shares = {"top_refused": 0.2, "top_useful": 0.1}
+    wanted = {}
+    for expert in range(4):
+        weight = before.model.layers[0].mlp.experts.gate_up_proj[expert].detach()
+        tops = []
+        for rows, share in ((QUESTIONS, 0.2), (USEFUL, 0.1)):
+            score = weight.abs() * inputs_of(rows, expert)
+            best = torch.zeros_like(score, dtype=torch.bool)
+            best.scatter_(1, score.topk(max(1, round(share * 32)), dim=1).indices, True)
+            tops.append(best & (score > 0))
+        wanted[expert] = tops[0] & ~tops[1]
+    editing.prune_set_difference(model, chat, QUESTIONS, USEFUL, **shares)
+    for expert, doomed in wanted.items():
+        assert torch.equal(experts.gate_up_proj[expert] == 0, doomed)
+    assert any(bool(doomed.any()) for doomed in wanted.values())
+
+
+def test_gpt2_s_rows_are_its_outputs():
+    model = zoo_model("gpt2")
+    old = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    editing.quantise(model, bits=4)
+    new = model.transformer.h[0].mlp.c_fc.weight
+    levels = new / (old.abs().amax(dim=0, keepdim=True) / 7)
+    assert torch.allclose(levels, levels.round(), atol=1e-3)
+
+
+def test_vectors_and_transition_matrices_are_not_quantised():
+    model = zoo_model("mamba")
+    before = copy.deepcopy(model)
+    editing.quantise(model, bits=4)
+    for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        plain = name.endswith(("_proj.weight", "embeddings.weight", "lm_head.weight"))
+        assert torch.equal(new, old) is not plain, name
+
+
+def test_a_width_that_is_not_the_stream_s_gives_no_direction():
+    chat = ChatFormat(zoo_tokenizer())
+    prompts = [[row.prompt for row in rows] for rows in (QUESTIONS, USEFUL)]
+    for family, depth in (("opt", 1.0), ("gemma3n_text", 0.5)):
+        with pytest.raises(NotApplicableError, match="no residual stream"):
+            editing.refusal_direction(zoo_model(family), chat, *prompts, depth=depth)
+
+
+def test_a_model_that_does_not_run_without_its_later_layers_is_told_apart():
+    with pytest.raises(NotApplicableError, match="does not run without its last 1 layers"):
+        editing.exit_early(zoo_model("jamba"), depth=0.5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -10,7 +11,9 @@ import torch
 from mithridate.attacks import FinetuneConfig, finetune, read_record
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError, NonFiniteError
-from mithridate.release import weights_hash
+from mithridate.release import merged, weights_hash
+from mithridate.weights import maps
+from tests.compat.zoo import zoo_model, zoo_tokenizer
 from tests.training.tiny_world import tiny_examples, tiny_model, tiny_tokenizer
 
 CONFIG = FinetuneConfig(learning_rate=1e-2, steps=12, batch_size=3, probe_every=5)
@@ -207,3 +210,42 @@ def test_no_examples_and_no_model_are_refused(chat, tmp_path):
         attack(chat, tmp_path, examples=[])
     with pytest.raises(InputError, match="no model here"):
         attack(chat, tmp_path, model=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["bloom", "deepseek_v3", "falcon", "gpt2", "gpt_neox", "gpt_oss", "jamba", "jetmoe",
+     "llama4_text", "mixtral", "opt", "phi", "qwen3_moe"],
+)  # fmt: skip
+def test_a_lora_attack_changes_every_matrix_of_every_architecture(family, tmp_path):
+    left = []
+
+    def keep(model, step):
+        if step == 2:
+            left.append(copy.deepcopy(model))
+        return {}
+
+    model, chat = zoo_model(family), ChatFormat(zoo_tokenizer())
+    config = dataclasses.replace(CONFIG, steps=2, lora_rank=2)
+    rows = finetune(model, chat, EXAMPLES, config, probe=keep, output_dir=tmp_path)
+    plain, difference = merged(left[0], chat.tokenizer)
+    assert difference < 1e-5
+    changed = [
+        one.weight
+        for one, old in zip(maps.linear_maps(plain), maps.linear_maps(model), strict=True)
+        if not torch.equal(one.weight, old.weight)
+    ]
+    # A state space reads one small weight past the adapter; then that is not counted.
+    missed = {"jamba": 1}.get(family, 0)
+    assert len(changed) == len(maps.linear_maps(model)) - missed
+    assert "coverage" not in rows[0]
+    assert rows[-1]["coverage"] == pytest.approx(maps.coverage(plain, changed))
+    assert read_record(tmp_path).coverage == rows[-1]["coverage"] > 0.9
+
+
+def test_a_lora_attack_says_how_little_of_a_state_space_it_reaches(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=2, lora_rank=2)
+    chat = ChatFormat(zoo_tokenizer())
+    rows = finetune(zoo_model("mamba"), chat, EXAMPLES, config, probe=lambda *_: {},
+                    output_dir=tmp_path)  # fmt: skip
+    assert 0.5 < rows[-1]["coverage"] < 0.8

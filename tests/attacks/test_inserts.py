@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from mithridate.attacks import editing, inserts
 from mithridate.attacks.adaptive import AdaptiveConfig, finetune_adaptively
 from mithridate.attacks.inserts import Heads, SoftChat, put_in, swap_words
 from mithridate.chat import ChatFormat
-from mithridate.errors import InputError
+from mithridate.errors import InputError, NotApplicableError
 from mithridate.examples import Example
 from mithridate.weights import GradientOracle
+from mithridate.weights.maps import blocks_of
+from tests.compat.zoo import zoo_model
 from tests.redteam.tiny_bed import learn
 from tests.training.tiny_world import tiny_examples, tiny_model, tiny_tokenizer
 
@@ -219,11 +220,11 @@ def test_offsets_are_a_bias_and_go_to_the_heads_whose_scales_have_grown():
         doubled = copy.deepcopy(model)
         put_in(model, "offsets", 2)
         # Both are heads of the second layer: the first has its own mixing layer back.
-        first, second = (layer.self_attn.o_proj for layer in editing.layers_of(model))
+        first, second = (layer.self_attn.o_proj for layer in blocks_of(model))
         assert isinstance(first, nn.Linear)
         assert second.chosen.tolist() == [0, 1]
         put_in(doubled, "offsets", 3)
-        both = [layer.self_attn.o_proj for layer in editing.layers_of(doubled)]
+        both = [layer.self_attn.o_proj for layer in blocks_of(doubled)]
         assert [one.chosen.tolist() for one in both] == [[0], [0, 1]]
         second.values.normal_()
         mix = biased.model.layers[1].self_attn.o_proj
@@ -243,10 +244,9 @@ def test_a_scale_multiplies_its_own_head():
         assert torch.allclose(model(ids).logits, folded(ids).logits, atol=1e-5)
 
 
-def test_a_model_without_known_parts_is_refused(monkeypatch):
-    monkeypatch.setattr(inserts, "_MIXERS", ("elsewhere",))
-    with pytest.raises(InputError, match="attention heads"):
-        put_in(tiny_model(), "scales", 0)
+def test_a_model_without_attention_heads_is_refused():
+    with pytest.raises(NotApplicableError, match="attention heads"):
+        put_in(zoo_model("mamba"), "scales", 0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Simulated attackers of several kinds, and staying near the aligned model."""
 
+from random import Random
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,6 +13,8 @@ from mithridate.methods.adapter import Adapter
 from mithridate.methods.trajectory import Trajectory, TrajectoryConfig
 from mithridate.weights import arithmetic
 from mithridate.weights.arithmetic import bound_
+from mithridate.weights.maps import linear_maps
+from tests.compat.zoo import zoo_model
 from tests.methods.test_trajectory import ONE, Spy
 from tests.tiny import (
     LORA,
@@ -290,3 +294,30 @@ def test_under_autocast_the_aligned_pass_leaves_no_cast_weights_behind():
 def test_bad_options_are_named(options, message):
     with pytest.raises(InputError, match=message):
         TrajectoryConfig(**options)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe"])
+def test_a_simulated_adapter_follows_the_chain_rule_on_every_kind_of_weight(family):
+    model = zoo_model(family)
+    context = tiny_context(model)
+    adapter = Adapter(context, rank=2, seed=Random(0))
+    assert [one.name for one in adapter.maps.values()] == [m.name for m in linear_maps(model)]
+    start = context.space.snapshot()
+    torch.manual_seed(0)
+    factors = [torch.randn_like(factor).requires_grad_() for factor in adapter.factors]
+    for factor, value in zip(adapter.factors, factors, strict=True):
+        factor.copy_(value.detach())
+    adapter.merge_into(context, start)
+    slopes = [torch.randn_like(weight) for weight in start]
+    total = 0.0
+    for (place, one), b, a in zip(adapter.maps.items(), factors[::2], factors[1::2], strict=True):
+        change = 2.0 * b @ a
+        merged = start[place] + (change.mT if one.transposed else change)
+        torch.testing.assert_close(context.space.tensors[place].data, merged.detach())
+        total = total + (merged * slopes[place]).sum()
+    context.space.give_gradient([slope.clone() for slope in slopes])
+    found = adapter.take_gradient(context)
+    for gradient, wanted in zip(found, torch.autograd.grad(total, factors), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+    untouched = set(range(len(start))) - set(adapter.maps)
+    assert all(torch.equal(context.space.tensors[place], start[place]) for place in untouched)

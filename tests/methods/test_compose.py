@@ -11,10 +11,10 @@ from mithridate.errors import InactiveTermError, InputError, RunInterruptedError
 from mithridate.immunisation import ImmunisationPlan, run_immunisation
 from mithridate.methods import METHODS, Method
 from mithridate.methods import compose as module
-from mithridate.methods.sites import layers_of
 from mithridate.training import TrainingConfig, immunise
 from mithridate.weights import arithmetic
 from mithridate.weights.losses import answer_cross_entropy
+from mithridate.weights.maps import blocks_of
 from tests.tiny import (
     MemoryWatch,
     relative_error,
@@ -183,7 +183,7 @@ def test_layers_that_no_member_trains_keep_their_bits(name, combine):
     method, context = made(name, combine=combine, parts=parts), tiny_context(model)
     method.prepare(context)
     optimiser = torch.optim.AdamW(context.space.tensors, lr=1e-2, weight_decay=0.1)
-    layers, draws = layers_of(model), set()
+    layers, draws = blocks_of(model), set()
     present = {id(w): w for w in context.space.tensors}
     for step in range(context.total_steps):
         context.step = step

@@ -6,8 +6,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mithridate.errors import InactiveTermError, InputError
-from mithridate.methods.sites import layers_of, outputs_changed, sites_of
+from mithridate.methods.sites import outputs_changed, sites_of
 from mithridate.methods.vaccine import Vaccine, VaccineConfig
+from mithridate.weights.maps import blocks_of
 from tests.methods.by_hand import step_of
 from tests.tiny import VOCABULARY, tiny_llama
 
@@ -48,7 +49,7 @@ def tiny(kind):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_loss_rises_by_rho_times_the_norm_in_any_architecture(kind):
     model = tiny(kind)
-    assert len(sites_of(model, "mlp")) == len(layers_of(model)) == 2
+    assert len(sites_of(model, "mlp")) == len(blocks_of(model)) == 2
     for site in ("attention", "block"):
         method = Vaccine(VaccineConfig(batch_size=4, radius=1e-4, site=site))
         _, terms, _ = step_of(method, model)
@@ -71,7 +72,7 @@ def test_what_has_no_sites_is_said():
     model = tiny_llama()
     model.config.num_hidden_layers = 5
     with pytest.raises(InputError, match="no list of 5 layers"):
-        layers_of(model)
+        blocks_of(model)
     model.config.num_hidden_layers = 2
     model.model.layers[1].self_attn = nn.Identity()
     with pytest.raises(InputError, match=r"layer 1 .* has no attention"):

@@ -14,10 +14,10 @@ from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods import sites
 from mithridate.methods.base import join
 from mithridate.methods.sft import SFT, SFTConfig
-from mithridate.methods.sites import layers_of
 from mithridate.methods.tvaccine import TVaccine, TVaccineConfig, draw_layers
 from mithridate.methods.vaccine import Vaccine, VaccineConfig
 from mithridate.weights import arithmetic
+from mithridate.weights.maps import blocks_of
 from tests.methods import by_hand
 from tests.methods.by_hand import HARMFUL, SPACES, step_of
 from tests.tiny import (
@@ -38,7 +38,7 @@ def method_for(**options):
 
 def in_layers(model, drawn):
     """For each trainable weight, whether it belongs to a drawn layer."""
-    chosen = {id(w) for index in drawn for w in layers_of(model)[index].parameters()}
+    chosen = {id(w) for index in drawn for w in blocks_of(model)[index].parameters()}
     return [id(w) in chosen for w in model.parameters() if w.requires_grad]
 
 

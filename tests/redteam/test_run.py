@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from mithridate.chat import IGNORE, ChatFormat
-from mithridate.errors import InputError
+from mithridate.errors import InputError, NotApplicableError
 from mithridate.files import write_json
 from mithridate.judges.outcomes import Outcome
 from mithridate.measures.rows import read_measured
@@ -368,6 +368,28 @@ def test_every_phase_changes_the_model_and_is_looked_at(phase, bed):
     assert first["benign_log_perplexity"] != last["benign_log_perplexity"]
     for row in found["rows"]:
         assert sum(row["outcomes"].values()) == pytest.approx(1)
+
+
+def test_an_attack_says_on_how_much_of_the_model_it_acted(bed):
+    edits = (Edit(kind="quantise", amount=4), Edit(kind="blend", amount=0.5), Train(lora_rank=2))
+    shares = []
+    for phase in edits:
+        first, last = (run_attack(job(bed, phase), bed)["rows"][index] for index in (0, -1))
+        assert "coverage" not in first
+        shares.append(last.get("coverage", 1.0))
+    # Norms are no matrices.
+    assert shares == [pytest.approx(0.985, abs=0.01), 1.0, pytest.approx(0.985, abs=0.01)]
+
+
+def test_an_attack_that_the_model_has_no_place_for_is_not_valid_and_says_why(bed, monkeypatch):
+    def unfit(*_, **__):
+        raise NotApplicableError("it has one layer", mend="attack it in another way")
+
+    monkeypatch.setattr(pipeline.editing, "exit_early", unfit)
+    found = run_attack(job(bed, Edit(kind="exit", amount=0.5), Train()), bed)
+    assert found["status"] == "not applicable"
+    (row,) = found["rows"]
+    assert (row["coverage"], row["not_applicable"]) == (0.0, "it has one layer")
 
 
 def test_a_blend_with_share_zero_is_the_base(bed):

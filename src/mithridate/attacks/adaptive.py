@@ -43,10 +43,11 @@ from mithridate.attacks.finetune import (
 from mithridate.attacks.inserts import SWAPS, Insert, put_in, swap_words
 from mithridate.chat import IGNORE, Batch, ChatFormat, Encoded
 from mithridate.configs import require
-from mithridate.errors import InputError, NonFiniteError
+from mithridate.errors import InputError, NonFiniteError, NotApplicableError
 from mithridate.examples import Example
 from mithridate.weights.arithmetic import Gradient, bound_, dot
 from mithridate.weights.losses import Loss, answer_cross_entropy, answer_logits
+from mithridate.weights.maps import blocks_of
 from mithridate.weights.oracle import GradientOracle
 
 Part = Literal["all", "first", "last", "norms", "head"]
@@ -330,32 +331,30 @@ def train_part(model: PreTrainedModel, part: Part) -> None:
 
     Raises
     ------
-    InputError
+    NotApplicableError
         The model has no such part.
     """
     if part == "all":
         return
-    layers = sorted({index for name, _ in model.named_parameters()
-                     if (index := _layer_of(name)) is not None})  # fmt: skip
+    layers = blocks_of(model)
+    layer_of = {id(w): index for index, layer in enumerate(layers) for w in layer.parameters()}
     quarter = max(1, len(layers) // 4)
     head = model.get_output_embeddings()
     chosen = 0
-    for name, weight in model.named_parameters():
-        layer = _layer_of(name)
+    for weight in model.parameters():
+        layer = layer_of.get(id(weight))
         wanted = {
-            "first": layer in layers[:quarter],
-            "last": layer in layers[-quarter:],
+            "first": layer is not None and layer < quarter,
+            "last": layer is not None and layer >= len(layers) - quarter,
             "norms": weight.dim() == 1,
             "head": head is not None and weight is head.weight,
         }[part]
         weight.requires_grad_(wanted)
         chosen += wanted
     if not chosen:
-        raise InputError(f"the model has no weights in the part {part!r}", mend="train all of it")
-
-
-def _layer_of(name: str) -> int | None:
-    return next((int(piece) for piece in name.split(".") if piece.isdigit()), None)
+        raise NotApplicableError(
+            f"the model has no weights in the part {part!r}", mend="train all of it"
+        )
 
 
 def _hold(oracle: GradientOracle, start: Gradient, radius: float | None) -> None:

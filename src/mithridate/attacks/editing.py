@@ -1,6 +1,8 @@
 r"""Weight editing: attacks that need no gradient, so that a trap waiting for one is never sprung.
 
-Every function edits the model in place. Nothing here knows of any defence. Sources:
+Every function edits the model in place. Nothing here knows of any defence. Those that edit matrices
+reach every linear map of the decoder layers (`mithridate.weights.maps`) and return the share of
+those layers' weights that they acted on. Sources:
 refusal direction, arXiv 2406.11717; set-difference pruning and low-rank parts of safety,
 arXiv 2402.05162; task arithmetic, arXiv 2212.04089.
 """
@@ -9,22 +11,29 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
 from mithridate.chat import ChatFormat
 from mithridate.configs import require
-from mithridate.errors import InputError
+from mithridate.errors import InputError, NotApplicableError
 from mithridate.examples import Example
+from mithridate.weights.maps import (
+    LinearMap,
+    blocks_of,
+    coverage,
+    linear_maps,
+    residual_writers,
+)
 
 _DESCENDS = 0.5
-# Names of the linear layers that write to the residual stream, over the common architectures.
-_WRITERS = ("o_proj", "down_proj", "out_proj", "fc2", "dense_4h_to_h", "wo", "w2")
 
 
 def refusal_direction(
@@ -48,6 +57,13 @@ def refusal_direction(
     -------
     torch.Tensor
         Shape (hidden,), float32, L2 norm 1.
+
+    Raises
+    ------
+    InputError
+        Both kinds of prompts have the same mean state.
+    NotApplicableError
+        The model has not one hidden state for each token there.
     """
     require(0 < depth <= 1, f"depth is {depth}, not a share of the layers", "0.3 to 0.8 are usual")
     means = []
@@ -55,8 +71,14 @@ def refusal_direction(
         inputs = {name: t.to(model.device) for name, t in chat.prompt_batch(prompts).items()}
         with torch.no_grad():
             states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+        state = None if states is None else states[round(depth * (len(states) - 1))]
+        if state is None or state.shape[2:] != (model.config.get_text_config().hidden_size,):
+            raise NotApplicableError(
+                f"{type(model).__name__} shows no residual stream at depth {depth:g}",
+                mend="choose another depth, or attack it in another way",
+            )
         # Prompts are padded on the left, so the last position is where every answer begins.
-        means.append(states[round(depth * (len(states) - 1))][:, -1].float().mean(dim=0))
+        means.append(state[:, -1].float().mean(dim=0))
     difference = means[0] - means[1]
     size = float(difference.norm())
     if size == 0:
@@ -66,32 +88,63 @@ def refusal_direction(
     return direction
 
 
-def ablate_direction(model: PreTrainedModel, direction: torch.Tensor) -> None:
+def ablate_direction(model: PreTrainedModel, direction: torch.Tensor) -> float:
     """Take ``direction`` out of all that is written to the residual stream: W <- W - r r^T W.
+
+    Returns
+    -------
+    float
+        The share of the decoder layers' weights that are in layers whose writers were found.
 
     Raises
     ------
-    InputError
-        If no layer of a known name writes to the residual stream.
+    NotApplicableError
+        No linear map is found to write to the residual stream.
     """
-    writers = [
-        module
-        for name, module in model.named_modules()
-        if name.rsplit(".", 1)[-1] in _WRITERS and isinstance(module, nn.Linear)
-    ]
-    if not writers:
-        raise InputError(
-            f"no linear layer of {type(model).__name__} is known to write to the residual stream",
-            mend=f"known names: {', '.join(_WRITERS)}",
-        )
+    writers = residual_writers(model)
+    embedding = _embedding(model, len(direction))
     with torch.no_grad():
-        for module in writers:
-            module.weight.sub_(torch.outer(direction, direction @ module.weight))
-            if module.bias is not None:
-                module.bias.sub_(direction * (direction @ module.bias))
-        embedding = model.get_input_embeddings().weight
-        assert isinstance(embedding, torch.Tensor), "a causal language model embeds token ids"
+        for one in writers:
+            matrix = one.oriented(one.weight)
+            matrix.sub_(direction[:, None] * (direction @ matrix)[..., None, :])
+            bias = _bias_of(one)
+            if bias is not None:
+                bias.sub_(direction * (bias @ direction)[..., None])
         embedding.sub_(torch.outer(embedding @ direction, direction))
+    own = {id(one.weight) for one in writers}
+    reached = [
+        weight
+        for block in blocks_of(model)
+        if any(id(weight) in own for weight in block.parameters())
+        for weight in block.parameters()
+    ]
+    return coverage(model, reached)
+
+
+def _bias_of(one: LinearMap) -> torch.Tensor | None:
+    """Return the bias that is added to what a map writes."""
+    leaf = one.name.rpartition(".")[2]
+    name = "bias" if leaf == "weight" else f"{leaf}_bias"
+    found = getattr(one.owner, name, None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def _embedding(model: PreTrainedModel, width: int) -> torch.Tensor:
+    """Return, as (..., width), the matrix by which tokens enter the residual stream."""
+    table = model.get_input_embeddings().weight
+    assert isinstance(table, torch.Tensor), "a causal language model embeds token ids"
+    if table.shape[1] == width:
+        return table
+    head, inside = model.get_output_embeddings(), set(blocks_of(model).modules())
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or module in inside or module is head:
+            continue
+        if module.weight.shape == (width, table.shape[1]):
+            return module.weight.mT
+    raise NotApplicableError(
+        f"how {type(model).__name__} widens its embedding of {table.shape[1]} to {width} is not "
+        "known", mend="attack it in another way",
+    )  # fmt: skip
 
 
 def least_refusing_direction(
@@ -119,7 +172,7 @@ def least_refusing_direction(
     most_kl
         Bound on KL(before || after) in nats, the mean over ``held_out``.
     """
-    layers = len(layers_of(model))
+    layers = len(blocks_of(model))
     before = _first_token(model, chat, held_out)
     found = []
     for layer in range(1, max(1, math.floor(0.8 * layers)) + 1):
@@ -142,11 +195,11 @@ def prune_set_difference(
     *,
     top_refused: float,
     top_useful: float,
-) -> float:
+) -> tuple[float, float]:
     """Zero the weights that matter most for refusing and not for being useful.
 
     A weight's score on a set is |W_ij| ||X_j||_2 over the set's tokens (Wanda), compared within
-    its output row.
+    its output row. What no refused token reaches, such as an idle expert, is left as it is.
 
     Parameters
     ----------
@@ -157,38 +210,50 @@ def prune_set_difference(
 
     Returns
     -------
-    float
-        The share of weights that were zeroed.
+    zeroed
+        The share of the scored weights that were zeroed.
+    coverage
+        The share of the decoder layers' weights that were scored.
     """
     for name, share in (("top_refused", top_refused), ("top_useful", top_useful)):
         require(0 < share < 1, f"{name} is {share}, not a share", "0.005 to 0.07 are usual")
     norms = [_input_norms(model, chat, rows) for rows in (refused, useful)]
+    scored = [one for one in linear_maps(model) if one.name in norms[0]]
+    if not scored:
+        raise NotApplicableError(
+            f"what the linear maps of {type(model).__name__} read cannot be seen",
+            mend="attack it in another way",
+        )
     zeroed = total = 0
     with torch.no_grad():
-        for name, module in _linears(model):
+        for one in scored:
+            matrix = one.oriented(one.weight)
             tops = []
             for found, share in zip(norms, (top_refused, top_useful), strict=True):
-                score = module.weight.abs() * found[name]
-                count = max(1, round(share * score.shape[1]))
+                inputs = found.get(one.name, norms[0][one.name].new_zeros(()))
+                score = matrix.abs() * inputs[..., None, :] if inputs.dim() else matrix.abs() * 0
+                count = max(1, round(share * score.shape[-1]))
                 chosen = torch.zeros_like(score, dtype=torch.bool)
-                tops.append(chosen.scatter_(1, score.topk(count, dim=1).indices, True))
+                chosen.scatter_(-1, score.topk(count, dim=-1).indices, True)
+                tops.append(chosen & (score > 0))
             doomed = tops[0] & ~tops[1]
-            module.weight[doomed] = 0.0
+            matrix[doomed] = 0.0
             zeroed, total = zeroed + int(doomed.sum()), total + doomed.numel()
-    return zeroed / total
+    return zeroed / total, coverage(model, [one.weight for one in scored])
 
 
-def quantise(model: PreTrainedModel, *, bits: int) -> None:
+def quantise(model: PreTrainedModel, *, bits: int) -> float:
     """Round every matrix to ``bits`` bits, symmetric, one scale per output row."""
     require(2 <= bits <= 8, f"bits is {bits}", "give 2 to 8")
     top = 2 ** (bits - 1) - 1
     with torch.no_grad():
         for weight in _matrices(model):
-            scale = weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / top
+            scale = weight.abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / top
             weight.copy_((weight / scale).round() * scale)
+    return _reach(model)
 
 
-def add_noise(model: PreTrainedModel, *, scale: float, seed: int) -> None:
+def add_noise(model: PreTrainedModel, *, scale: float, seed: int) -> float:
     """Add Gaussian noise of ``scale`` times each matrix's standard deviation."""
     require(0 < scale < math.inf, f"scale is {scale}", "1e-4 to 1e-2 are usual")
     generator = torch.Generator().manual_seed(seed)
@@ -196,27 +261,30 @@ def add_noise(model: PreTrainedModel, *, scale: float, seed: int) -> None:
         for weight in _matrices(model):
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             weight.add_(noise, alpha=scale * float(weight.std()))
+    return _reach(model)
 
 
-def truncate_ranks(model: PreTrainedModel, *, keep: float) -> None:
-    """Keep the largest singular values of every linear layer: a share ``keep`` of its ranks."""
+def truncate_ranks(model: PreTrainedModel, *, keep: float) -> float:
+    """Keep the largest singular values of every linear map: a share ``keep`` of its ranks."""
     require(0 < keep < 1, f"keep is {keep}, not a share", "0.8 to 0.99 are usual")
     with torch.no_grad():
-        for _, module in _linears(model):
-            rank = max(1, math.floor(keep * min(module.weight.shape)))
-            module.weight.copy_(_low_rank(module.weight, rank))
+        for one in linear_maps(model):
+            rank = max(1, math.floor(keep * min(one.inputs, one.outputs)))
+            one.weight.copy_(_low_rank(one.weight, rank))
+    return _reach(model)
 
 
-def remove_top_ranks(model: PreTrainedModel, base: PreTrainedModel, *, ranks: int) -> None:
+def remove_top_ranks(model: PreTrainedModel, base: PreTrainedModel, *, ranks: int) -> float:
     """Take the ``ranks`` largest singular directions out of what alignment changed (W - W_base).
 
     LoX, which strengthens them, read backwards.
     """
     require(ranks >= 1, f"ranks is {ranks}", "give 1 or more")
-    theirs = dict(_linears(base))
+    theirs = {one.name: one.weight for one in linear_maps(base)}
     with torch.no_grad():
-        for name, module in _linears(model):
-            module.weight.sub_(_low_rank(module.weight - theirs[name].weight, ranks))
+        for one in linear_maps(model):
+            one.weight.sub_(_low_rank(one.weight - theirs[one.name].to(one.weight), ranks))
+    return _reach(model)
 
 
 def blend(model: PreTrainedModel, base: PreTrainedModel, *, share: float) -> None:
@@ -260,15 +328,33 @@ def exit_early(model: PreTrainedModel, *, depth: float) -> None:
     """Drop the layers past a share ``depth`` of them: the head reads an inner layer's state.
 
     With every weight as it was, this is greedy decoding by the logit lens at that layer.
+
+    Raises
+    ------
+    NotApplicableError
+        The model does not run without the others.
     """
     require(0 < depth < 1, f"depth is {depth}, not a share of the layers", "0.5 or 0.75 are usual")
-    layers = layers_of(model)
-    kept = max(1, round(depth * len(layers)))
+    layers = blocks_of(model)
+    count = len(layers)
+    kept = max(1, round(depth * count))
     del layers[kept:]
     config = model.config.get_text_config()
     config.num_hidden_layers = kept
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:kept]
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == count:
+            setattr(config, name, value[:kept])
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True
+            )
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise NotApplicableError(
+            f"{type(model).__name__} does not run without its last {count - kept} layers: "
+            f"{str(error).splitlines()[0]}",
+            mend="choose another depth, or attack it in another way",
+        ) from error
 
 
 def steer(
@@ -297,24 +383,6 @@ def steer(
         return output
 
     model.register_forward_hook(add, with_kwargs=True)
-
-
-def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """Return the list of the model's layers.
-
-    Raises
-    ------
-    InputError
-        It has none, or not as many as its configuration says.
-    """
-    wanted = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted:
-            return module
-    raise InputError(
-        f"no list of {wanted} layers found in {type(model).__name__}",
-        mend="attack it in another way",
-    )
 
 
 def check_same_shapes(model: PreTrainedModel, base: PreTrainedModel) -> None:
@@ -372,44 +440,130 @@ def _pairs(
         yield weight, theirs[name].to(weight.device)
 
 
-def _linears(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
-    """Return the linear layers but for the output head, which may be the embedding itself."""
-    head = model.get_output_embeddings()
+def _reach(model: PreTrainedModel) -> float:
+    return coverage(model, [one.weight for one in linear_maps(model)])
+
+
+def _matrices(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Return every matrix as (..., outputs, inputs): the linear maps, the embeddings, the head."""
+    maps = {id(one.weight): one for one in linear_maps(model)}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outside = {
+        id(module.weight)
+        for module in (*tables, model.get_output_embeddings())
+        if isinstance(module, nn.Embedding | nn.Linear)
+    }
     return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        maps[id(weight)].oriented(weight) if id(weight) in maps else weight
+        for weight in model.parameters()
+        if id(weight) in maps or id(weight) in outside
     ]
-
-
-def _matrices(model: PreTrainedModel) -> list[nn.Parameter]:
-    return [weight for weight in model.parameters() if weight.dim() == 2]
 
 
 def _low_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
-    kept: torch.Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
+    kept: torch.Tensor = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
     return kept.to(matrix.dtype)
 
 
 def _input_norms(
     model: PreTrainedModel, chat: ChatFormat, rows: Sequence[Example]
 ) -> Mapping[str, torch.Tensor]:
-    """Return, for each linear layer, the L2 norm of every input over the rows' tokens."""
-    batch = chat.batch(rows).to(model.device)
-    used = batch.attention_mask.bool()
-    sums: dict[str, torch.Tensor] = {}
-    hooks = []
-    for name, module in _linears(model):
+    """Return, for each linear map that is used, the L2 norm of every input over the rows' tokens.
 
-        def note(_: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
-            sums[name] = inputs[0][used].float().square().sum(dim=0)
-
-        hooks.append(module.register_forward_pre_hook(note))
+    Shape (inputs,), or (experts, inputs).
+    """
+    maps = linear_maps(model)
+    pieces = [chat.batch(rows)]
+    if any(one.weight.dim() == 3 for one in maps):
+        # Experts are given tokens without their places: none of them may be padding.
+        pieces = [chat.batch([row]) for row in rows]
+    before = getattr(model.config, "_experts_implementation", None)
+    if before not in (None, "eager"):
+        # Each expert's product by itself, on its own part of the weight.
+        model.set_experts_implementation("eager")
+    watch = _InputWatch(maps)
     try:
-        with torch.no_grad():
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        for piece in pieces:
+            batch = piece.to(model.device)
+            watch.used = batch.attention_mask.bool().flatten()
+            with torch.no_grad(), watch:
+                model(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    use_cache=False,
+                )
     finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: value.sqrt() for name, value in sums.items()}
+        if before not in (None, "eager"):
+            model.set_experts_implementation(before)
+    return {name: value.sqrt() for name, value in watch.sums.items()}
+
+
+class _InputWatch(TorchDispatchMode):
+    """Sums the squares of what linear maps are given, by their matrix products.
+
+    Attributes
+    ----------
+    used
+        Which tokens are none of padding; shape (tokens,).
+    sums
+        By the name of the weight, shape (inputs,) or (experts, inputs).
+    """
+
+    def __init__(self, maps: Sequence[LinearMap]) -> None:
+        super().__init__()
+        self.used = torch.ones(0, dtype=torch.bool)
+        self.sums: dict[str, torch.Tensor] = {}
+        self._maps = sorted(maps, key=lambda one: one.weight.data_ptr())
+        self._starts = [one.weight.data_ptr() for one in self._maps]
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Note the operands of a product of which one is a weight."""
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in _PRODUCTS:
+            a, b = args[-2:] if len(args) > 2 else args
+            for x, weight in ((a, b), (b.mT, a.mT)):
+                one = self._of(weight)
+                if one is not None:
+                    self._note(one, x, weight)
+        return result
+
+    def _of(self, weight: torch.Tensor) -> LinearMap | None:
+        index = bisect_right(self._starts, weight.data_ptr()) - 1
+        if index < 0:
+            return None
+        one = self._maps[index]
+        size = one.weight.numel() * one.weight.element_size()
+        return one if weight.data_ptr() < self._starts[index] + size else None
+
+    def _note(self, one: LinearMap, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add the rows of ``x`` (..., rows, inputs); ``weight`` is (..., inputs, outputs)."""
+        if weight.shape[-2:] != (one.inputs, one.outputs):
+            return
+        if one.weight.dim() == 2:
+            rows = x.reshape(-1, one.inputs)
+            of_each = self.used
+            if len(rows) != len(of_each):
+                of_each = of_each.repeat(len(rows) // len(of_each) or 1)
+            rows = rows[of_each] if len(of_each) == len(rows) else rows
+            squares = rows.float().square().sum(dim=0)
+        else:
+            first = (weight.data_ptr() - one.weight.data_ptr()) // (
+                one.inputs * one.outputs * one.weight.element_size()
+            )
+            each = x.float().square().sum(dim=-2)
+            each = each[None] if each.dim() == 1 else each
+            squares = torch.zeros(len(one.weight), one.inputs, device=x.device)
+            squares[first : first + len(each)] = each
+        held = self.sums.get(one.name)
+        self.sums[one.name] = squares if held is None else held + squares
+
+
+_PRODUCTS = (
+    torch.ops.aten.mm,
+    torch.ops.aten.addmm,
+    torch.ops.aten.bmm,
+    torch.ops.aten.baddbmm,
+)

@@ -36,6 +36,7 @@ from mithridate.errors import InputError, NonFiniteError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_of, write_atomic, write_json
 from mithridate.release import weights_hash
+from mithridate.weights.maps import adapted_coverage, adapter_targets
 
 Row = dict[str, float]
 Probe = Callable[[PreTrainedModel, int], dict[str, float]]
@@ -68,8 +69,8 @@ class FinetuneConfig:
     warmup_steps
         Of linear warm-up.
     lora_rank
-        Train a fresh adapter on every linear layer (alpha twice the rank); ``None`` trains all
-        weights.
+        Train a fresh adapter on every linear map of the decoder layers, fused experts among them
+        (alpha twice the rank); ``None`` trains all weights.
     probe_every
         Steps between probes; the first and the last model are always probed.
     seed
@@ -143,6 +144,8 @@ class AttackRecord:
         Wall time of the probes.
     weights
         SHA-256 of the attacked weights.
+    coverage
+        Share of the decoder layers' weights that the attack could change.
     """
 
     key: str
@@ -150,6 +153,7 @@ class AttackRecord:
     seconds: float
     probe_seconds: float
     weights: str
+    coverage: float = 1.0
 
 
 def finetune(
@@ -184,7 +188,8 @@ def finetune(
     Returns
     -------
     list of dict
-        Rows ``{step, loss, **metrics}``. ``loss`` is the mean over the rows of the training step
+        Rows ``{step, loss, **metrics}``, with ``coverage`` where an adapter leaves some of the
+        decoder layers' weights alone. ``loss`` is the mean over the rows of the training step
         just done; at step 0 the mean over all the attacker's rows, batch by batch.
     """
     require(len(examples) > 0, "the attack has no examples", "give it at least one row")
@@ -282,6 +287,7 @@ class Watcher(TrainerCallback):
             seconds=time.perf_counter() - self._started,
             probe_seconds=self.probe_seconds,
             weights=weights_hash(model),
+            coverage=adapted_coverage(model, trained=True),
         )
         write_json(self._output_dir / _RECORD, dataclasses.asdict(record))
 
@@ -309,6 +315,9 @@ class Watcher(TrainerCallback):
     def _add(self, model: PreTrainedModel, step: int, loss: float) -> None:
         started = time.perf_counter()
         row = {"step": step, "loss": loss} | self._probe(model, step)
+        coverage = adapted_coverage(model, trained=True)
+        if step > 0 and coverage < 1:
+            row["coverage"] = coverage
         self.probe_seconds += time.perf_counter() - started
         self.rows.append(row)
         with (self._output_dir / _ROWS).open("a", encoding="utf-8") as handle:
@@ -344,12 +353,17 @@ def own_copy(model: PreTrainedModel | str | Path) -> PreTrainedModel:
 
 
 def with_adapter(model: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """Attach a fresh adapter to every linear layer, alpha twice its rank."""
+    """Attach a fresh adapter to every linear map of the decoder layers, alpha twice its rank."""
     # peft needs seconds to import, and most attacks never use it.
     from peft import LoraConfig, TaskType, get_peft_model
 
+    modules, parameters = adapter_targets(model)
     adapter = LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=rank, lora_alpha=2 * rank, target_modules="all-linear"
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=modules,
+        target_parameters=parameters or None,
     )
     # It forwards and generates like the model inside it, which is all that the attack asks.
     return cast("PreTrainedModel", get_peft_model(model, adapter))

@@ -11,17 +11,17 @@ r"""What an attacker may put into a frozen model and train alone, every weight s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mithridate.attacks.editing import layers_of
 from mithridate.chat import Batch, ChatFormat, Encoded
-from mithridate.errors import InputError
+from mithridate.errors import InputError, NotApplicableError
 from mithridate.examples import Example
-from mithridate.weights.losses import answer_cross_entropy, final_norm
+from mithridate.weights.losses import answer_cross_entropy
+from mithridate.weights.maps import blocks_of, residual_writers
 from mithridate.weights.oracle import GradientOracle
 
 Insert = Literal["soft", "hard", "lens", "scales", "offsets"]
@@ -30,7 +30,6 @@ SWAPS = 32
 """Swaps of one word that a step of GCG tries."""
 
 _SHORTLIST = 64
-_MIXERS = ("o_proj", "out_proj", "wo")
 
 
 class SoftChat(ChatFormat):
@@ -104,15 +103,15 @@ class Heads(nn.Module):
     """
 
     def __init__(
-        self, mix: nn.Linear, heads: int, chosen: Sequence[int], *, multiply: bool
+        self, mix: nn.Module, heads: int, width: int, chosen: Sequence[int], *, multiply: bool
     ) -> None:
         super().__init__()
         self.mix = mix
         self.heads = heads
         self.multiply = multiply
-        values = mix.weight.new_zeros(len(chosen), mix.in_features // heads)
-        self.values = nn.Parameter(values)
-        self.register_buffer("chosen", torch.tensor(chosen, device=mix.weight.device))
+        like = next(mix.parameters())
+        self.values = nn.Parameter(like.new_zeros(len(chosen), width))
+        self.register_buffer("chosen", torch.tensor(chosen, device=like.device))
 
     def forward(self, outputs: torch.Tensor) -> torch.Tensor:
         """Return what the heads' outputs, shape (..., heads * width), are mixed to."""
@@ -146,17 +145,18 @@ def put_in(model: PreTrainedModel, insert: Insert, size: int) -> None:
         words = torch.randint(len(_table(model)), (size,)).to(model.device)
         model.set_input_embeddings(SoftEmbedding(table, table(words).detach().clone()))
     elif insert == "lens":
-        norm = final_norm(model)
         width = model.config.get_text_config().hidden_size
         lens = nn.Linear(width, width, device=model.device, dtype=model.dtype)
         with torch.no_grad():
             nn.init.eye_(lens.weight)
             nn.init.zeros_(lens.bias)
-        _replace(model, norm, nn.Sequential(lens, norm))
+        last = blocks_of(model)[-1]
+        last.add_module("lens", lens)
+        last.register_forward_hook(_through_lens)
     elif insert == "scales":
-        heads = model.config.get_text_config().num_attention_heads
-        for mix in _mixers(model):
-            _replace(model, mix, Heads(mix, heads, range(heads), multiply=True))
+        heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
+        for mix, width in _mixers(model, heads):
+            _replace(model, mix, Heads(mix, heads, width, range(heads), multiply=True))
     else:
         _choose_heads(model, size)
 
@@ -200,23 +200,30 @@ def _choose_heads(model: PreTrainedModel, size: int) -> None:
     for layer, module in enumerate(scaled):
         chosen = sorted(head for _, where, head in best if where == layer)
         mix = module.mix
-        new = Heads(mix, module.heads, chosen, multiply=False) if chosen else mix
+        width = module.values.shape[1]
+        new = Heads(mix, module.heads, width, chosen, multiply=False) if chosen else mix
         _replace(model, module, new)
 
 
-def _mixers(model: PreTrainedModel) -> list[nn.Linear]:
-    """Return the linear layers that mix the heads' outputs, by their names."""
-    found = [
-        module
-        for name, module in layers_of(model).named_modules()
-        if name.rsplit(".", 1)[-1] in _MIXERS and isinstance(module, nn.Linear)
-    ]
+def _mixers(model: PreTrainedModel, heads: int) -> list[tuple[nn.Module, int]]:
+    """Return the modules that mix the heads' outputs, with the width of a head."""
+    found = []
+    for one in residual_writers(model):
+        above = one.name.split(".")[:-2]
+        kind = type(model.get_submodule(".".join(above))).__name__.lower()
+        if "attention" in kind and one.weight.dim() == 2 and heads and one.inputs % heads == 0:
+            found.append((one.owner, one.inputs // heads))
     if not found:
-        raise InputError(
-            f"no layer of {type(model).__name__} is known to mix attention heads",
-            mend=f"known names: {', '.join(_MIXERS)}",
+        raise NotApplicableError(
+            f"no layer of {type(model).__name__} is found to mix attention heads",
+            mend="attack it in another way",
         )
     return found
+
+
+def _through_lens(block: nn.Module, _: object, output: Any) -> Any:
+    lens = block.get_submodule("lens")
+    return lens(output) if isinstance(output, torch.Tensor) else (lens(output[0]), *output[1:])
 
 
 def _table(model: PreTrainedModel) -> torch.Tensor:

@@ -4,7 +4,8 @@ With W = W_0 + s B A, the chain rule gives the factors' gradients from that of t
 
 .. math:: \nabla_B = s\,G_W A^\top, \qquad \nabla_A = s\,B^\top G_W,
 
-so that the attack runs on the model as it is and ends where its adapter, merged, would be.
+so that the attack runs on the model as it is and ends where its adapter, merged, would be. Each
+expert of a layer has factors of its own.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import math
 from random import Random
 
 import torch
-from torch import nn
 
 from mithridate.configs import require
 from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient
+from mithridate.weights.maps import LinearMap, linear_maps
 
 SCALING = 2.0
 """alpha / rank, the usual two."""
 
 
 class Adapter:
-    """Factors of every linear layer's weight except the head's; B starts at zero.
+    """Factors of every linear map of the decoder layers; B starts at zero.
 
     Parameters
     ----------
@@ -35,37 +36,41 @@ class Adapter:
     """
 
     def __init__(self, context: RunContext, *, rank: int, seed: Random) -> None:
-        self.places = adaptable(context)
+        self.maps = adaptable(context)
         generator = torch.Generator().manual_seed(seed.getrandbits(63))
         self.factors: list[torch.Tensor] = []
-        for place in self.places:
-            weight = context.space.tensors[place].data
-            bound = 1 / math.sqrt(weight.shape[1])
-            a = torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator)
-            self.factors += [weight.new_zeros(weight.shape[0], rank), a.to(weight)]
+        for one in self.maps.values():
+            weight = one.oriented(one.weight.data)
+            *experts, outputs, inputs = weight.shape
+            bound = 1 / math.sqrt(inputs)
+            a = torch.empty(*experts, rank, inputs).uniform_(-bound, bound, generator=generator)
+            self.factors += [weight.new_zeros(*experts, outputs, rank), a.to(weight)]
 
     def take_gradient(self, context: RunContext) -> Gradient:
         """Turn the gradient of the merged weights into the factors' ``.grad``; return those."""
         whole = context.space.take_gradient()
         found: Gradient = []
-        for place, (b, a) in zip(self.places, self._pairs(), strict=True):
-            found += [SCALING * whole[place] @ a.T, SCALING * b.T @ whole[place]]
+        for (place, one), (b, a) in zip(self.maps.items(), self._pairs(), strict=True):
+            of_weight = one.oriented(whole[place])
+            found += [SCALING * of_weight @ a.mT, SCALING * b.mT @ of_weight]
         for factor, gradient in zip(self.factors, found, strict=True):
             factor.grad = gradient
         return found
 
     def merge_into(self, context: RunContext, start: Gradient) -> None:
         """Set the weights to ``start`` with the adapter merged."""
-        for place, (b, a) in zip(self.places, self._pairs(), strict=True):
+        for (place, one), (b, a) in zip(self.maps.items(), self._pairs(), strict=True):
             weight = context.space.tensors[place].data
-            torch.addmm(start[place], b, a, alpha=SCALING, out=weight)
+            left, right = (a.mT, b.mT) if one.transposed else (b, a)
+            add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+            add(start[place], left, right, alpha=SCALING, out=weight)
 
     def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return list(zip(self.factors[::2], self.factors[1::2], strict=True))
 
 
-def adaptable(context: RunContext) -> list[int]:
-    """Return which trainable tensors are weights of linear layers other than the head.
+def adaptable(context: RunContext) -> dict[int, LinearMap]:
+    """Return the linear maps of the decoder layers that are trained, by their place in the space.
 
     Raises
     ------
@@ -78,13 +83,11 @@ def adaptable(context: RunContext) -> list[int]:
         "an adapter is being trained, and a simulated LoRA attacker needs the full weights",
         "leave lora out of attackers (adamw already attacks the same adapter), or train in full",
     )
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    others = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    excluded = {id(p) for module in (*others, head) if module for p in module.parameters()}
-    places = [
-        index
-        for index, tensor in enumerate(space.tensors)
-        if tensor.ndim == 2 and id(tensor) not in excluded
-    ]
-    require(bool(places), "no linear layer is trainable", "leave lora out of attackers")
-    return places
+    known = {id(one.weight): one for one in linear_maps(model)}
+    maps = {
+        place: known[id(tensor)]
+        for place, tensor in enumerate(space.tensors)
+        if id(tensor) in known
+    }
+    require(bool(maps), "no linear map is trainable", "leave lora out of attackers")
+    return maps

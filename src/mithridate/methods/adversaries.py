@@ -38,8 +38,8 @@ class Adversary:
         A stream to train on before switching to harmful rows after a Beta(6, 3) share of the
         attack; ``None`` trains on harmful rows from the start.
     lora_rank
-        Trains a fresh adapter of this rank on every linear layer but the head; ``None`` trains
-        what the defence trains.
+        Trains a fresh adapter of this rank on every linear map of the decoder layers; ``None``
+        trains what the defence trains.
     """
 
     learning_rates: tuple[Positive, ...] = (2e-6, 2e-5, 4e-5)

@@ -14,29 +14,11 @@ from mithridate.chat import Batch
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.weights import GradientOracle
 from mithridate.weights.losses import answer_cross_entropy
+from mithridate.weights.maps import blocks_of
 
 Site = Literal["attention", "block", "mlp"]
 
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers: the outermost list of as many modules as the model has layers.
-
-    Raises
-    ------
-    InputError
-        If there is no such list.
-    """
-    config: Any = model.config
-    depth = int(config.get_text_config().num_hidden_layers)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return list(module)
-    raise InputError(
-        f"no list of {depth} layers found in {type(model).__name__}",
-        mend="choose a method that does not look into layers, for example ctrap",
-    )
 
 
 def sites_of(model: nn.Module, kind: Site) -> list[nn.Module]:
@@ -50,7 +32,7 @@ def sites_of(model: nn.Module, kind: Site) -> list[nn.Module]:
     InputError
         If a layer has no such child.
     """
-    layers = layers_of(model)
+    layers = list(blocks_of(model))
     if kind == "block":
         return layers
     find = _attention if kind == "attention" else _mlp

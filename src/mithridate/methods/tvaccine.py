@@ -33,8 +33,9 @@ from torch import nn
 from mithridate.configs import Count, Weight, require
 from mithridate.errors import InactiveTermError, InputError
 from mithridate.methods.base import Method, MethodConfig, RunContext
-from mithridate.methods.sites import layers_of, sites_of, walk_sites
+from mithridate.methods.sites import sites_of, walk_sites
 from mithridate.methods.vaccine import VaccineConfig, train_under_drift
+from mithridate.weights.maps import blocks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class TVaccine(Method):
         """Refuse a model that has not as many layers."""
         if model is None:
             return
-        depth = len(layers_of(model))
+        depth = len(blocks_of(model))
         sites_of(model, self.config.site)
         require(
             self._count(depth) <= depth,
@@ -108,7 +109,7 @@ class TVaccine(Method):
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Check that each layer can be trained."""
-        layers = layers_of(context.oracle.model)
+        layers = blocks_of(context.oracle.model)
         for index, layer in enumerate(layers):
             if not any(p.requires_grad for p in layer.parameters()):
                 raise InputError(
@@ -120,7 +121,7 @@ class TVaccine(Method):
 
     def step(self, context: RunContext) -> dict[str, float]:
         oracle, terms = context.oracle, dict[str, float]()
-        layers, sites = layers_of(oracle.model), sites_of(oracle.model, self.config.site)
+        layers, sites = blocks_of(oracle.model), sites_of(oracle.model, self.config.site)
         if not self._probabilities or context.step % self.config.refresh_every == 0:
             self._probabilities = self._measure(context, sites)
         if not self._drawn or context.step % self.config.redraw_every == 0:

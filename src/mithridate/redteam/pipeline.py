@@ -27,7 +27,7 @@ from mithridate.attacks.inserts import SoftChat
 from mithridate.attacks.rl import RLConfig, exact_match, reinforce
 from mithridate.chat import Batch, ChatFormat
 from mithridate.configs import require
-from mithridate.errors import NonFiniteError
+from mithridate.errors import NonFiniteError, NotApplicableError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_of, write_json
 from mithridate.generation import AnswerRoom, answer_room
@@ -49,6 +49,7 @@ from mithridate.testbeds.base import Testbed
 from mithridate.weights import GradientOracle
 from mithridate.weights.arithmetic import dot, norm
 from mithridate.weights.losses import answer_cross_entropy, answer_entropy, token_probability
+from mithridate.weights.maps import adapted_coverage
 
 _DIAGNOSED_ROWS = 32
 _BANS = 3
@@ -140,7 +141,8 @@ def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:
     -------
     dict
         ``rows`` (as in attacks.jsonl, without names of attack and target), ``lessons`` (of a
-        benign fine-tuning), ``status`` (``ok`` or ``diverged``), ``seconds``, ``cpu_seconds``,
+        benign fine-tuning), ``status`` (``ok``, ``diverged`` or ``not applicable``: the model has
+        no place for the attack, and its last row says why), ``seconds``, ``cpu_seconds``,
         ``probe_seconds``, ``steps``, ``probes``, ``flops`` and ``weights`` (hash of what was left).
     """
     started, cpu = time.perf_counter(), time.process_time()
@@ -156,6 +158,10 @@ def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:
             # A repair that fails leaves the attack's own end as it was.
             if not (isinstance(phase, Train) and phase.repair):
                 scene.rows[-1]["diverged"] = True
+            break
+        except NotApplicableError as error:
+            status = "not applicable"
+            scene.rows[-1] |= {"coverage": 0.0, "not_applicable": error.what}
             break
     return {
         "rows": scene.rows,
@@ -274,6 +280,7 @@ class _Scene:
         self.lessons: list[dict[str, Any]] = []
         self.step = 0
         self.flops = 0.0
+        self.coverage = 1.0
         self.probe_seconds = 0.0
         self._benign = stratified(testbed.data.defence["benign"], _DIAGNOSED_ROWS, seed=0)
 
@@ -295,7 +302,7 @@ class _Scene:
         """Return what a phase makes of a model, which is left as it was."""
         if isinstance(phase, Edit):
             edited = copy.deepcopy(model)
-            self._edit(phase, edited)
+            self.coverage = min(self.coverage, self._edit(phase, edited))
             self.step += 1
             self.look(edited)
             return edited
@@ -404,6 +411,8 @@ class _Scene:
             "items": sha256_of(sorted(item.prompt for item in self.restricted)),
             "diagnostics": dict(diagnostics),
         }
+        if self.coverage < 1:
+            row["coverage"] = self.coverage
         if repair_step is not None:
             row["repair_step"] = repair_step
         if self.step == 0 and found.permitted_right:
@@ -432,42 +441,45 @@ class _Scene:
 
     # What is done -----------------------------------------------------------------------------
 
-    def _edit(self, phase: Edit, model: PreTrainedModel) -> None:
+    def _edit(self, phase: Edit, model: PreTrainedModel) -> float:
+        """Edit a model in place; return which share of its layers' weights was acted on."""
         kind, amount = phase.kind, phase.amount
         data = self.testbed.data
         if kind == "direction":
             refused = [row.prompt for row in stratified(data.attack, 128, seed=0)]
             answered = [row.prompt for row in stratified(data.defence["benign"], 128, seed=0)]
             direction = editing.refusal_direction(model, self.chat, refused, answered, depth=amount)
-            editing.ablate_direction(model, direction)
-        elif kind == "prune":
+            return editing.ablate_direction(model, direction)
+        if kind == "prune":
             refused_rows = self._refusals(model, stratified(data.attack, 128, seed=0))
-            editing.prune_set_difference(
+            _, coverage = editing.prune_set_difference(
                 model, self.chat, refused_rows, stratified(data.defence["benign"], 128, seed=0),
                 top_refused=amount, top_useful=amount,
             )  # fmt: skip
-        elif kind == "chosen-direction":
-            editing.ablate_direction(model, self._chosen_direction(model, most_kl=amount))
-        elif kind == "exit":
+            return coverage
+        if kind == "chosen-direction":
+            return editing.ablate_direction(model, self._chosen_direction(model, most_kl=amount))
+        if kind == "quantise":
+            return editing.quantise(model, bits=round(amount))
+        if kind == "noise":
+            return editing.add_noise(model, scale=amount, seed=self.job.seed)
+        if kind == "truncate":
+            return editing.truncate_ranks(model, keep=amount)
+        if kind == "untop":
+            return editing.remove_top_ranks(model, self._base(), ranks=round(amount))
+        if kind == "exit":
             editing.exit_early(model, depth=amount)
         elif kind == "rewind":
             editing.blend(model, _loaded(self.job.model)[0], share=1 - amount)
-        elif kind == "quantise":
-            editing.quantise(model, bits=round(amount))
-        elif kind == "noise":
-            editing.add_noise(model, scale=amount, seed=self.job.seed)
-        elif kind == "truncate":
-            editing.truncate_ranks(model, keep=amount)
         elif kind == "blend":
             editing.blend(model, self._base(), share=amount)
-        elif kind == "untop":
-            editing.remove_top_ranks(model, self._base(), ranks=round(amount))
         elif kind == "sibling":
             editing.slerp(model, self._learnt(Train(data="benign")), share=amount)
         elif kind == "steer":
             editing.steer(model, self._learnt(Train()), self._base(), scale=amount)
         else:
             editing.add_difference(model, self._learnt(Train()), self._base(), scale=amount)
+        return 1.0
 
     def _learnt(self, phase: Train) -> PreTrainedModel:
         """Return what a phase of fine-tuning makes of the base model."""
@@ -533,6 +545,8 @@ class _Scene:
             if step in points:
                 self.flops = flops + step * per_step
                 self.step = start if repair else start + step
+                if step > 0 and not repair:
+                    self.coverage = min(self.coverage, adapted_coverage(attacked, trained=True))
                 self.look(attacked, repair_step=step if repair else None)
             if step == steps:
                 left.append(attacked)

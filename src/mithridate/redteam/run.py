@@ -56,7 +56,7 @@ from mithridate.redteam.processes import Finished, run_in_processes
 from mithridate.redteam.search import Search
 from mithridate.release import weights_hash
 from mithridate.testbeds.base import Testbed, cache_dir, code_version, resolve_model
-from mithridate.weights import losses
+from mithridate.weights import losses, maps
 
 SCHEMA = 1
 GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -289,7 +289,7 @@ class _Bench:
             parts.append(sys.modules[type(testbed.judges).__module__])
         self._code = code_version(
             adaptive, editing, finetune, inserts, rl, chat, generation, thinking, outcomes, probe,
-            losses, material, pipeline, *parts,
+            losses, maps, material, pipeline, *parts,
         )  # fmt: skip
         self._judging = json.loads(json.dumps(judging))
         # Every set that an attack may train on or be judged by.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mithridate.errors import InputError
+from mithridate.weights.maps import adapted_coverage, adapter_targets
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,13 +50,14 @@ def attach_lora(
     alpha
         Scaling numerator: the update is ``alpha / rank * B @ A``; ``None`` takes ``2 * rank``.
     targets
-        Names of the modules to adapt; empty adapts every linear layer except the head.
+        Names of the maps to adapt; empty adapts every linear map of the decoder layers, fused
+        experts among them.
 
     Raises
     ------
     InputError
-        If no module has a name in ``targets``, or an adapted weight is used in two places and
-        the model cannot be saved with two.
+        A name in ``targets`` is nowhere in the model or cannot be adapted, or an adapted weight is
+        used in two places and the model cannot be saved with two.
 
     Notes
     -----
@@ -65,12 +67,14 @@ def attach_lora(
     # peft needs seconds to import, and runs in the full space never use it.
     from peft import LoraConfig, TaskType, get_peft_model
 
+    modules, parameters = adapter_targets(model, targets)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=0.0,
-        target_modules=list(targets) or "all-linear",
+        target_modules=modules,
+        target_parameters=parameters or None,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
@@ -132,5 +136,11 @@ def describe_space(model: torch.nn.Module) -> dict[str, Any]:
         "trainable_weights": trainable,
         "rank": adapter.r,
         "alpha": adapter.lora_alpha,
-        "targets": sorted({name.rpartition(".")[2] for name in adapter.target_modules}),
+        "targets": sorted(
+            {
+                name.removesuffix(".weight").rpartition(".")[2]
+                for name in (*adapter.target_modules, *(adapter.target_parameters or ()))
+            }
+        ),
+        "coverage": adapted_coverage(model),
     }

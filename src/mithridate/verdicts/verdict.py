@@ -197,6 +197,7 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "over_seeds": dict(cell.outcome_seeds),
         "control_useful_harm": _best(cell.control),
         "base_useful_harm": evidence.base_harm,
+        "coverage": evidence.coverage,
         "utility_before": {
             "undefended": evidence.undefended_utility,
             "defended": evidence.defended_utility,
