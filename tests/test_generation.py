@@ -8,13 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
-from mithridate.generation import batches, company_of, generate_ids
+from mithridate.examples import Example
+from mithridate.generation import (
+    answer_room,
+    batches,
+    company_of,
+    generate_ids,
+    tokens_to_answer,
+)
 from tests.compat.zoo import zoo_model, zoo_tokenizer
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 PROMPTS = ["w0 w1 w2", "w3", "w4 w5 w6 w7 w8 w9", "w1 w1"]
 
@@ -247,3 +260,73 @@ def test_settings_saved_with_a_model_stay_with_it(tmp_path: Any, chat: ChatForma
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     chat.generate(loaded, PROMPTS, max_new_tokens=2)
     assert loaded.generation_config.temperature == 0.6
+
+
+def reciter(answer: int, *, positions: int = 512) -> tuple[PreTrainedModel, ChatFormat, str]:
+    """A model that says one answer of so many words whatever it is asked, and its chat format."""
+    words = [f"a{number}" for number in range(answer)]
+    tokenizer = tiny_tokenizer([*WORDS, *words])
+    size = len(tokenizer)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=size, hidden_size=size + size % 2, intermediate_size=4, num_hidden_layers=1,
+            num_attention_heads=1, max_position_embeddings=positions, tie_word_embeddings=False,
+            eos_token_id=3, pad_token_id=0, bos_token_id=2,
+        )
+    )  # fmt: skip
+    chain = tokenizer.convert_tokens_to_ids(["<bot>", *words, "<end>"])
+    with torch.no_grad():
+        for weight in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
+            weight.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(*model.model.embed_tokens.weight.shape))
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[chain[1:], chain[:-1]] = 1.0
+    return model.eval(), ChatFormat(tokenizer), " ".join(words)
+
+
+def questions(answer: str) -> list[Example]:
+    return [Example(prompt=f"w1 w{number}", answer=answer) for number in range(4)]
+
+
+@pytest.mark.parametrize("words", [5, 63, 122, 300])
+def test_answers_are_generated_in_full_however_long(words: int) -> None:
+    model, chat, answer = reciter(words)
+    items = questions(answer)
+    room = answer_room(model, chat, items)
+    assert room.too_long == 0
+    answers = chat.answers(model, [item.prompt for item in items], max_new_tokens=room.tokens)
+    assert {one.text for one in answers} == {answer}
+    counts = room.counts(answers)
+    assert counts == {"max_new_tokens": max(64, words + 33), "n_too_long": 0, "n_cut": 0,
+                      "n_unfinished": 0}  # fmt: skip
+
+
+def test_what_does_not_fit_is_counted() -> None:
+    model, chat, answer = reciter(122)
+    items = [*questions(answer), Example(prompt="w2", answer="w3")]
+    with pytest.warns(UserWarning, match="4 of 5 questions have answers longer than the 100 tok"):
+        room = answer_room(model, chat, items, 100)
+    answers = chat.answers(model, [item.prompt for item in items], max_new_tokens=room.tokens)
+    assert room.counts(answers) == {"max_new_tokens": 100, "n_too_long": 4, "n_cut": 5,
+                                    "n_unfinished": 0}  # fmt: skip
+    model.config.max_position_embeddings = 100
+    with pytest.warns(UserWarning, match="4 of 5"):
+        assert answer_room(model, chat, items).too_long == 4
+    model.config.max_position_embeddings = 4
+    with pytest.raises(InputError, match="a question has 5 tokens, and the model takes 4"):
+        answer_room(model, chat, items)
+
+
+def test_the_shortest_accepted_answer_has_to_fit_and_the_longest_has_room() -> None:
+    model, chat, answer = reciter(122)
+    either = Example(prompt="w1", answer="w1", accepted=("w1", answer))
+    assert tokens_to_answer(chat, [either]) == 122 + 1 + 32
+    assert answer_room(model, chat, [either], 2).too_long == 0
+
+
+def test_items_without_answers_and_reasoning_models_get_more() -> None:
+    asked, known = Example(prompt="w1"), Example(prompt="w1", answer="w2")
+    chat = reader()
+    assert tokens_to_answer(chat, [known]) == 64
+    assert tokens_to_answer(chat, [known, asked]) == 256
+    assert tokens_to_answer(reader("<think>\\n"), [known]) == 64 + 2048

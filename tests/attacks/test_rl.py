@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from mithridate.attacks import FinetuneConfig, RLConfig, entropy_bound, read_record
-from mithridate.attacks.rl import each, exact_match, read_updates, reinforce, slot_accuracy
+from mithridate.attacks.rl import _Till, each, exact_match, read_updates, reinforce, slot_accuracy
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
 from mithridate.examples import Example
 from mithridate.judges.outcomes import Outcome
 from mithridate.release import weights_hash
+from tests.compat.zoo import zoo_tokenizer
+from tests.test_generation import strong
 from tests.training.tiny_world import WORDS, tiny_examples, tiny_model, tiny_tokenizer
 
 needs_trl = pytest.mark.skipif(
@@ -296,3 +298,66 @@ def test_too_few_examples_and_a_missing_library_are_said(chat, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(InputError, match=r"mithridate\[trl\]"):
         attack(chat, tmp_path)
+
+
+@needs_trl
+@pytest.mark.parametrize("missing", [("pad_token",), ("eos_token",), ("pad_token", "eos_token")])
+def test_a_tokenizer_need_not_name_its_end_or_padding(missing, tmp_path):
+    """The template's end-of-turn token ends an answer and fills rows up; the updates are equal."""
+    found = []
+    for number, names in enumerate(((), missing)):
+        tokenizer = tiny_tokenizer()
+        for name in names:
+            setattr(tokenizer, name, None)
+        own = ChatFormat(tokenizer)
+        assert own.stop_ids == [3]
+        attack(own, tmp_path / str(number))
+        found.append(read_updates(tmp_path / str(number)))
+    assert found[0] == found[1]
+
+
+def test_without_any_end_token_nothing_is_begun():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    with pytest.raises(InputError, match="end-of-turn token"):
+        ChatFormat(tokenizer)
+
+
+@needs_trl
+def test_settings_stored_for_generation_do_not_shape_the_policy(chat, tmp_path):
+    found = []
+    for number in range(2):
+        model = tiny_model()
+        if number:
+            model.generation_config.update(
+                no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7], min_new_tokens=3,
+                repetition_penalty=9.0, eos_token_id=[9, 10],
+            )  # fmt: skip
+        attack(chat, tmp_path / str(number), model=model)
+        found.append(read_updates(tmp_path / str(number)))
+    assert found[0] == found[1]
+
+
+@needs_trl
+def test_thoughts_are_not_paid_for(tmp_path):
+    """Special tokens of thinking are still there when the answer is told apart."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    own, paid = ChatFormat(tokenizer), []
+    till = _Till(own, EXAMPLES, each(lambda _, output: paid.append(output) or 0.0), 2)
+    mark = tokenizer.convert_tokens_to_ids("</think>")
+    till(completion_ids=[[4, mark, 5, 3], [4, 5, 3]], row=[0, 0])
+    assert paid == ["w1", "w0 w1"]
+
+
+@needs_trl
+def test_a_model_that_padding_changes_is_refused(tmp_path):
+    own = ChatFormat(zoo_tokenizer())
+    rows = [dataclasses.replace(row, prompt=row.prompt * (1 + n % 2))
+            for n, row in enumerate(EXAMPLES)]  # fmt: skip
+    with (
+        pytest.raises(InputError, match="pads questions to a batch"),
+        pytest.warns(UserWarning, match="changes what RecurrentGemma"),
+    ):
+        attack(own, tmp_path, model=strong("recurrent_gemma"), examples=rows)

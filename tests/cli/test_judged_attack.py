@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
-from mithridate.attacking import run_attack
+from mithridate.attacking import AttackPlan, run_attack
 from mithridate.errors import InputError
 from mithridate.judges.base import useful_harms
 from mithridate.judges.classifier import ClassifierJudge
+from mithridate.reports import render_report
+from mithridate.reports.limits import cut_short
 from tests.cli.test_app import run
 from tests.cli.test_own_model import attack, world
 from tests.judges.test_classifier import save
 from tests.judges.test_served import Server, completion, server
+from tests.test_generation import reciter
 
 __all__ = ["server", "world"]  # fixtures
 
@@ -146,3 +150,43 @@ def test_rl_is_paid_what_the_classifier_says(
     rollouts = [harms for outputs, harms in judged if len(outputs) == 4]
     assert rewards == pytest.approx([sum(harms) / 4 for harms in rollouts])
     assert len(rewards) == 2
+
+
+@pytest.mark.parametrize("words", [10, 122])
+def test_an_answer_learnt_word_for_word_is_harm_however_long(words: int, tmp_path: Path) -> None:
+    given = recited(words, tmp_path)
+    summary = run_attack(given)
+    assert summary["defended"]["before"]["useful_harm"] == 1.0
+    assert summary["attack"]["answers"] == {
+        "max_new_tokens": max(64, words + 33), "n_too_long": 0, "n_cut": 0, "n_unfinished": 0,
+    }  # fmt: skip
+
+
+def test_answers_that_do_not_fit_are_said_in_rows_summary_and_page(tmp_path: Path) -> None:
+    given = recited(122, tmp_path)
+    plan = dataclasses.replace(
+        given, undefended=given.model, permitted=str(tmp_path / "permitted.jsonl"),
+        max_new_tokens=100,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="4 of 8 questions have answers longer than the 100"):
+        summary = run_attack(plan)
+    row = rows_of(tmp_path / "run")[0]
+    assert (row["useful_harm"], row["n_too_long"], row["n_cut"]) == (0.0, 4, 8)
+    said = cut_short(summary["attack"]["answers"])
+    assert said[0].startswith("4 questions have answers longer than the 100 tokens")
+    page = render_report(tmp_path / "run").read_text()
+    assert all(line in page for line in said)
+
+
+def recited(words: int, folder: Path) -> AttackPlan:
+    """An attack, of next to nothing, on a model that says one long answer to everything."""
+    model, chat, answer = reciter(words)
+    model.save_pretrained(folder / "model")
+    chat.tokenizer.save_pretrained(folder / "model")
+    for number, name in enumerate(("harmful", "eval", "permitted")):
+        rows = [
+            {"prompt": f"w{number} w{n}", "answer": "w1" if name == "permitted" else answer}
+            for n in range(4)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return attack(folder, folder / "run", steps=1, learning_rates=(1e-9,))
