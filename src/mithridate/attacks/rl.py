@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from packaging.version import Version
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 Reward = Callable[[Sequence[Example], Sequence[str]], list[float]]
 """What an attacker pays for each output as an answer to its item, 0 to 1."""
 
+_LEAST_TRL = Version("1.16.0")
 _UPDATES = "updates.jsonl"
 _ENTROPY_CAP = 3.0
 _LOGGED = {"entropy": "entropy", "gradient_norm": "grad_norm", "kl": "kl"}
@@ -532,5 +534,13 @@ def _trl(algorithm: str) -> tuple[type[Trainer], type[TrainingArguments]]:
             "harmful RL needs trl, which is not installed",
             mend="pip install 'mithridate[trl]'",
         ) from None
+    # Before, the entropy it hands out has no gradient, so that a bonus does nothing, and padding is
+    # trained where an answer ends with another token than the tokenizer's own.
+    if Version(trl.__version__) < _LEAST_TRL:
+        raise InputError(
+            f"harmful RL needs trl {_LEAST_TRL} or newer; installed is {trl.__version__}, whose "
+            "attack is weaker than what is asked for",
+            mend="pip install 'mithridate[trl]'",
+        )
     name = "GRPO" if algorithm == "reinforce++" else algorithm.upper()
     return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")

@@ -18,6 +18,8 @@ answers pooled       ``source_weights="even"``      pooling lets 52k Alpaca rows
                                                     rows; ``"pooled"`` reproduces it
 SDD_reject's prefix  ``prefix``                     off by default
 dedup of prompts     always, before pairing         promised by the port, absent from it
+a pair per prompt    ``pairs`` pairs, prompts       8,000 pairs, as the port trains on, are more
+                     repeat with other answers      than most sets have prompts
 bf16 weights         refused                        lr 5e-7 moves 1 % of bf16 weights (P1)
 ==================== ============================== ============================================
 

@@ -20,6 +20,9 @@ random-mapping stage      start at the given model      a stage of its own: immu
 one held-out batch        redrawn per evaluation        ``held_out="fixed"``
 inner schedule            ``Adversary.schedule``        its warm-up is a constant 3.2
 frozen reference model    its trainable weights alone   the rest is the same
+the attack's weights      no decay, clipped at norm 1   as stock fine-tuning: `Adversary`'s
+decay, without clipping                                 ``weight_decay``, ``max_grad_norm``
+distance over pads too    over real tokens              pads have no state to keep
 ========================= ============================= ===========================================
 """
 

@@ -16,6 +16,9 @@ s of one batch         mean of 4                   one batch is noise; ``statist
 LoRA factors           any weights                 outside the layers (embeddings, head) a full
                                                    model is frozen: only drawn layers train
 stale Adam moments     kept, logged                ``idle_layers``: trained once, not drawn now
+undrawn layers' MLPs   frozen                      the paper freezes undrawn layers; the code
+                                                   freezes their attention alone, and most of its
+                                                   update is MLPs': ``undrawn="mlp"``
 ====================== =========================== =============================================
 """
 
@@ -23,16 +26,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from mithridate.configs import Count, Weight, require
 from mithridate.errors import InactiveTermError, InputError
-from mithridate.methods.base import Method, MethodConfig, RunContext
+from mithridate.methods.base import Method, MethodConfig, RunContext, as_released
 from mithridate.methods.sites import sites_of, walk_sites
 from mithridate.methods.vaccine import VaccineConfig, train_under_drift
 from mithridate.weights.maps import blocks_of
@@ -52,6 +55,11 @@ class TVaccineConfig(VaccineConfig):
         Steps between measurements of s.
     statistic_batches
         Harmful batches, of ``batch_size`` rows each, whose s are averaged.
+    undrawn
+        Layers that are not drawn stay ``frozen``, or train their ``mlp``.
+    variant
+        ``released`` sets every value of the released code, and its adapter (rank 8, alpha 4, on
+        seven projections): for reproduction only.
     """
 
     batch_size: Count = 10
@@ -60,6 +68,28 @@ class TVaccineConfig(VaccineConfig):
     redraw_every: Count = 20
     refresh_every: Count = 200
     statistic_batches: Count = 4
+    undrawn: Literal["frozen", "mlp"] = "frozen"
+    variant: Literal["default", "released"] = "default"
+
+
+RELEASED = {
+    "batch_size": 10,
+    "radius": 3.0,
+    "radius_scope": "batch",
+    "site": "attention",
+    "layers": None,
+    "redraw_every": 20,
+    "refresh_every": 200,
+    "statistic_batches": 1,
+    "undrawn": "mlp",
+}
+RELEASED_ADAPTER: dict[str, Any] = {
+    "lora_rank": 8,
+    "lora_alpha": 4,
+    "lora_targets": (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ),
+}  # fmt: skip
 
 
 class TVaccine(Method):
@@ -73,10 +103,16 @@ class TVaccine(Method):
     config_class: ClassVar[type[MethodConfig]] = TVaccineConfig
 
     def __init__(self, config: TVaccineConfig) -> None:
+        if config.variant == "released":
+            config = as_released("T-Vaccine", config, RELEASED)
         self.config = config
         self._probabilities: list[float] = []
         self._drawn: list[int] = []
         self._steps: list[int] = []
+
+    @property
+    def adapter(self) -> Mapping[str, Any]:
+        return RELEASED_ADAPTER if self.config.variant == "released" else {}
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -101,6 +137,8 @@ class TVaccine(Method):
             return
         depth = len(blocks_of(model))
         sites_of(model, self.config.site)
+        if self.config.undrawn == "mlp":
+            sites_of(model, "mlp")
         require(
             self._count(depth) <= depth,
             f"layers {self.config.layers}: the model has {depth}",
@@ -132,7 +170,10 @@ class TVaccine(Method):
                 terms[f"layer_{index}_probability"] = p
                 terms[f"layer_{index}_steps"] = float(self._steps[index])
         batch = context.draw_joined(self.config.retain, self.config.batch_size)
-        with oracle.training_only([layers[index] for index in self._drawn]):
+        trained = [layers[index] for index in self._drawn]
+        if self.config.undrawn == "mlp":
+            trained += sites_of(oracle.model, "mlp")
+        with oracle.training_only(trained):
             drifting = [sites[index] for index in self._drawn]
             terms |= train_under_drift(oracle, drifting, batch, self.config)
         for index in self._drawn:
