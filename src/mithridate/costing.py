@@ -44,7 +44,7 @@ _NOT_SOUGHT = {
     "min_group_std": 0.0,
 }
 _ROWS = ("batch_size", "_rows")
-_TOKENS = {"max_length": 1.0, "prompt_length": 1.0, "response_length": 0.5}  # of a row
+_TOKENS = {"prompt_length": 1.0, "response_length": 0.5}  # of a row
 
 
 @dataclass(frozen=True, kw_only=True)

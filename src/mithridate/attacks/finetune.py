@@ -80,7 +80,8 @@ class FinetuneConfig:
     max_grad_norm
         Clipping bound on the gradient's L2 norm; 0 turns clipping off.
     max_length
-        Tokens per row.
+        Most tokens of a row; of a longer one the prompt is cut. ``None`` follows the data, up to
+        what the model takes.
     """
 
     learning_rate: float = 2e-5
@@ -95,11 +96,11 @@ class FinetuneConfig:
     seed: Seed = 0
     autocast: bool = False
     max_grad_norm: float = 1.0
-    max_length: int = 256
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         check_values(self)
-        for name in ("steps", "batch_size", "probe_every", "max_length"):
+        for name in ("steps", "batch_size", "probe_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
             require(getattr(self, name) >= 0, f"{name} is negative", f"make {name} 0 or more")
@@ -108,11 +109,13 @@ class FinetuneConfig:
             f"learning_rate {self.learning_rate} is not a positive number",
             "1e-6 to 1e-2 are usual",
         )
-        require(
-            self.lora_rank is None or self.lora_rank >= 1,
-            "lora_rank must be at least 1",
-            "or null for all weights",
-        )
+        for name, otherwise in (("lora_rank", "all weights"), ("max_length", "what fits")):
+            value = getattr(self, name)
+            require(
+                value is None or value >= 1,
+                f"{name} must be at least 1",
+                f"or null for {otherwise}",
+            )
         optimisers = [item.value for item in OptimizerNames]
         require(
             self.optimiser in optimisers,

@@ -159,7 +159,7 @@ def measure_costs(
         f"time at least {FEWEST_ROUNDS} after at least {_MEASURED}",
     )
     model.eval()
-    chat = ChatFormat(tokenizer)
+    chat = ChatFormat(tokenizer, max_length=config.max_length)
     with tempfile.TemporaryDirectory(prefix="mithridate-cost-") as scratch:
         meter = _Meter(
             model,
@@ -427,7 +427,7 @@ def _context(
 ) -> RunContext:
     samplers = {
         name: StreamSampler(
-            [chat.encode(row, max_length=config.max_length) for row in rows if row.answer],
+            [chat.encode(row) for row in rows if row.answer],
             chat.collate,
             seed=config.seed,
             name=name,

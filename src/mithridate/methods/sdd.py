@@ -66,8 +66,6 @@ class SDDConfig(MethodConfig):
         Draw answers evenly over their sources, or pooled.
     prefix
         Put before every answer (SDD_reject: a refusal sentence).
-    max_length
-        Tokens per row, within the run's own bound.
     """
 
     batch_size: Count = 24
@@ -77,7 +75,6 @@ class SDDConfig(MethodConfig):
     encoder: str = MINILM
     source_weights: Literal["even", "pooled"] = "even"
     prefix: str = ""
-    max_length: Count = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +156,9 @@ class SDD(Method):
         started = time.perf_counter()
         self.pairs = pair(prompts, answers, self.config, seed=context.seed)
         seconds = time.perf_counter() - started
-        # The run's bound may be the model's positions: no row may be longer.
-        longest = min(self.config.max_length, context.chat.max_length or self.config.max_length)
         self._rows = [
             context.chat.encode(
-                replace(prompts[p.prompt], answer=self.config.prefix + answers[p.answer].answer),
-                max_length=longest,
+                replace(prompts[p.prompt], answer=self.config.prefix + answers[p.answer].answer)
             )
             for p in self.pairs
         ]

@@ -55,7 +55,6 @@ _DIAGNOSED_ROWS = 32
 _BANS = 3
 _SALIENT_POOL = 512
 _COLLAPSED_SHARE = 0.2
-_MAX_LENGTH = FinetuneConfig.max_length
 _PROBED_AT_ONCE = {"own": 32}
 
 
@@ -147,7 +146,8 @@ def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:
     """
     started, cpu = time.perf_counter(), time.process_time()
     model, tokenizer = _loaded(job.model)
-    scene = _Scene(job, testbed, ChatFormat(tokenizer, max_length=_MAX_LENGTH), model)
+    chat = ChatFormat(tokenizer, max_length=models.positions(model))
+    scene = _Scene(job, testbed, chat, model)
     scene.look_at_start(model)
     status = "ok"
     for phase in job.attack.phases:

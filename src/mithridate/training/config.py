@@ -38,7 +38,8 @@ class TrainingConfig:
         Make activations again in the backward pass: less memory, about a third more time, the
         same results.
     max_length
-        Tokens per example; longer prompts lose their beginning.
+        Most tokens of a row; of a longer one the prompt is cut. ``None`` follows the data, up to
+        what the model takes.
     balanced
         Streams of which every category is drawn equally often, however few rows it has.
     reworded
@@ -80,7 +81,7 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     autocast: bool = False
     gradient_checkpointing: bool = False
-    max_length: int = 256
+    max_length: int | None = None
     balanced: tuple[str, ...] = ()
     reworded: tuple[str, ...] = ()
     shuffled: tuple[str, ...] = ()
@@ -95,7 +96,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        for name in ("steps", "max_length", "log_every"):
+        for name in ("steps", "log_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "cosines_every",
                      "save_every"):  # fmt: skip
@@ -110,7 +111,7 @@ class TrainingConfig:
             f"warmup_steps {self.warmup_steps} leaves none of the {self.steps} steps",
             "lower warmup_steps or raise steps",
         )
-        for name in ("micro_batch_size", "lora_rank", "lora_alpha"):
+        for name in ("micro_batch_size", "max_length", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} must be at least 1", "or null")
         require(

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 import mithridate
-from mithridate import models
+from mithridate import lengths
 from mithridate.chat import Batch, ChatFormat
 from mithridate.configs import require
 from mithridate.errors import InputError, NonFiniteError, RunInterruptedError, RunStoppedError
@@ -282,6 +282,8 @@ def immunise(
     output_dir: Path,
     *,
     resume: bool = True,
+    drop_invalid: bool = False,
+    left_out: Mapping[str, Mapping[str, int]] | None = None,
     on_log: Callable[[Row], None] | None = None,
 ) -> ImmunisationResult:
     """Train ``model`` with ``method`` and write the run folder.
@@ -301,6 +303,10 @@ def immunise(
         tokenizer, no pickle), with LoRA ``adapter``, and ``checkpoints`` while the run lasts.
     resume
         ``False`` discards what an earlier run left in ``output_dir``.
+    drop_invalid
+        Leave out rows that are too long, and count them, instead of cutting or refusing them.
+    left_out
+        What reading the streams has left out, for the manifest.
     on_log
         Called with each new row of the history.
 
@@ -314,8 +320,20 @@ def immunise(
     """
     config = with_adapter_of(method, config)
     # Methods make batches of their own too, and the bound on length is on every one.
-    longest = min(config.max_length, models.positions(model) or config.max_length)
-    chat = ChatFormat(tokenizer, max_length=longest)
+    chat, fitted = lengths.fit(
+        model,
+        tokenizer,
+        examples,
+        max_length=config.max_length,
+        rows=config.micro_batch_size or getattr(method.config, "batch_size", 1),
+        drop=drop_invalid,
+        option="training.max_length",
+    )
+    examples = fitted.examples
+    data = {
+        name: {**counts, "left out": dict((left_out or {}).get(name, {}))}
+        for name, counts in fitted.report.items()
+    }
     folder = RunFolder(output_dir)
     identity = _identity(model, chat, examples, method, config)
     folder.read_manifest()
@@ -350,7 +368,7 @@ def immunise(
     if main:
         trainer.context.output_dir = output_dir
         folder.clear(keep=checkpoint)
-        folder.begin(identity, _settings(method, config), describe_space(plain))
+        folder.begin(identity, _settings(method, config), describe_space(plain) | {"data": data})
     try:
         memory = recomputed(plain) if config.gradient_checkpointing else nullcontext()
         with memory, stop_on_signal(trainer) as stop:
