@@ -14,19 +14,26 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from mithridate import models
+from mithridate import lengths, models
 from mithridate.attacks.finetune import FinetuneConfig, arguments_for, finetune, read_record
 from mithridate.attacks.rl import Reward, RLConfig, exact_match, reinforce
 from mithridate.chat import ChatFormat
 from mithridate.configs import from_mapping, read_yaml, require
 from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
-from mithridate.examples import Example, check_disjoint, fingerprint, read_examples
+from mithridate.examples import (
+    AS_PUBLISHED,
+    Example,
+    Reading,
+    check_disjoint,
+    fingerprint,
+    read_source,
+)
 from mithridate.files import sha256_of, write_atomic, write_json
 from mithridate.generation import AnswerRoom, answer_room, most_cut_short
-from mithridate.judges.answers import AnswerJudge
+from mithridate.judges.answers import AnswerJudge, check_kinds
 from mithridate.judges.base import Judge, make_judge, useful_harm_score, useful_harms
 from mithridate.judges.outcomes import Outcome, shares
 from mithridate.measures.probe import summarise
@@ -73,6 +80,8 @@ class AttackPlan:
     max_new_tokens
         Of an answer to a held-out question, thinking included; ``None``: as many as the answers
         need (`tokens_to_answer`).
+    reading
+        How the files are read.
     keep_answers
         Keep sample answers in the run folder, readable only by its owner.
     output_dir
@@ -92,6 +101,7 @@ class AttackPlan:
     steps: int | None = None
     seed: int | None = None
     max_new_tokens: int | None = None
+    reading: Reading = AS_PUBLISHED
     keep_answers: bool = False
 
 
@@ -100,6 +110,7 @@ class _Items:
     attack: list[Example]
     restricted: list[Example]
     permitted: list[Example]
+    left_out: dict[str, dict[str, int]]
 
 
 def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, Any]:
@@ -132,8 +143,8 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
         model, tokenizer = models.load(source)
         if not Path(source).is_dir():
             _check_room(model.num_parameters(), base, plan.output_dir)
-        chat = ChatFormat(tokenizer)
-        attack = dataclasses.replace(base, max_length=_within(model, base.max_length))
+        chat, items = _that_fit(model, tokenizer, items, base, plan)
+        attack = dataclasses.replace(base, max_length=lengths.bound(model, base.max_length))
         room = answer_room(model, chat, [*items.restricted, *items.permitted], plan.max_new_tokens)
         hashes[target], templates[target] = weights_hash(model), chat.template_hash
         for rate in plan.learning_rates:
@@ -234,21 +245,64 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _within(model: PreTrainedModel, length: int) -> int:
-    return min(length, models.positions(model) or length)
+def _that_fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: _Items,
+    config: FinetuneConfig,
+    plan: AttackPlan,
+) -> tuple[ChatFormat, _Items]:
+    """Return the items that the model has room for, which the next model then gets too."""
+    sets = {"harmful": items.attack}
+    if all(item.answer for item in items.restricted):
+        sets["eval"] = items.restricted
+    chat, fitted = lengths.fit(
+        model,
+        tokenizer,
+        sets,
+        max_length=config.max_length,
+        rows=config.batch_size,
+        drop=plan.reading.drop_invalid,
+        option="attack.max_length",
+    )
+    left_out = {name: dict(counts) for name, counts in items.left_out.items()}
+    for name, report in fitted.report.items():
+        for what in ("cut", "too long"):
+            if what in report:
+                counts = left_out.setdefault(name, {})
+                counts[what] = counts.get(what, 0) + report[what]
+    return chat, dataclasses.replace(
+        items,
+        attack=fitted.examples["harmful"],
+        restricted=fitted.examples.get("eval", items.restricted),
+        left_out=left_out,
+    )
 
 
 def _read_items(plan: AttackPlan, judge: Judge) -> _Items:
     asked = "harmful" if judge.needs_answers else "prompts"
-    sets = {
-        "harmful": read_examples(plan.harmful, stream="harmful"),
-        "eval": read_examples(plan.evaluation, stream=asked),
-    }
+    sources = {"harmful": (plan.harmful, "harmful"), "eval": (plan.evaluation, asked)}
     if plan.permitted is not None:
-        sets["permitted"] = read_examples(plan.permitted, stream="benign")
+        sources["permitted"] = (plan.permitted, "benign")
+    found = {
+        name: read_source(
+            source,
+            stream=stream,
+            name=name,
+            # Whether a permitted question is refused can be seen without its answer.
+            needs_answer=judge.needs_answers if name == "permitted" else None,
+            reading=plan.reading,
+        )
+        for name, (source, stream) in sources.items()
+    }
+    sets = {name: one.examples for name, one in found.items()}
     check_disjoint(sets)
+    check_kinds(sets)
     return _Items(
-        attack=sets["harmful"], restricted=sets["eval"], permitted=sets.get("permitted", [])
+        attack=sets["harmful"],
+        restricted=sets["eval"],
+        permitted=sets.get("permitted", []),
+        left_out={name: dict(one.left_out) for name, one in found.items() if one.left_out},
     )
 
 
@@ -424,6 +478,7 @@ def _write_folder(
                 "eval": fingerprint(items.restricted),
                 "permitted": fingerprint(items.permitted),
             },
+            "left out": items.left_out,
             "versions": versions(),
             "seeds": [base.seed],
         },

@@ -14,7 +14,8 @@ from mithridate import models
 from mithridate.configs import from_mapping, read_yaml, require
 from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
-from mithridate.examples import check_disjoint, read_examples
+from mithridate.examples import AS_PUBLISHED, Reading, check_disjoint, read_source
+from mithridate.judges.answers import check_kinds
 from mithridate.methods import METHODS, Method
 from mithridate.model_folders import adapter_parameters
 from mithridate.training.config import TrainingConfig
@@ -42,6 +43,8 @@ class ImmunisationPlan:
         YAML file with the sections ``method`` and ``training``.
     steps, seed
         Override ``training.steps`` and ``training.seed``.
+    reading
+        How the streams are read.
     output_dir
         The run folder.
     """
@@ -54,6 +57,7 @@ class ImmunisationPlan:
     config: Path | None = None
     steps: int | None = None
     seed: int | None = None
+    reading: Reading = AS_PUBLISHED
 
 
 def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> dict[str, Any]:
@@ -78,8 +82,15 @@ def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> 
     if stored is not None:
         _check_room(plan, method, training, stored.shapes.values())
     on_event(Event(stage="reading data"))
-    examples = {name: read_examples(source, stream=name) for name, source in plan.streams.items()}
+    found = {
+        name: read_source(source, stream=name, reading=plan.reading)
+        for name, source in plan.streams.items()
+    }
+    examples = {name: one.examples for name, one in found.items()}
     check_disjoint(examples)
+    check_kinds(examples)
+    left_out = {name: one.left_out for name, one in found.items()}
+    left_out |= {name: left_out[other] for name, other in substituted.items()}
     examples |= {name: examples[other] for name, other in substituted.items()}
     unused = [name for name in plan.streams if name not in method.streams]
     unused = [name for name in unused if name not in substituted.values()]
@@ -100,7 +111,17 @@ def run_immunisation(plan: ImmunisationPlan, *, on_event: Listener = silent) -> 
         on_event(Event(stage=stage, step=int(row["step"]), total=steps, metrics=row))
 
     on_event(Event(stage=stage, total=steps))
-    result = immunise(model, tokenizer, examples, method, training, plan.output_dir, on_log=on_log)
+    result = immunise(
+        model,
+        tokenizer,
+        examples,
+        method,
+        training,
+        plan.output_dir,
+        drop_invalid=plan.reading.drop_invalid,
+        left_out=left_out,
+        on_log=on_log,
+    )
     return {
         "method": method.name,
         "model": str(plan.output_dir / "model"),

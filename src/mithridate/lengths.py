@@ -158,11 +158,10 @@ def _mend(
 def _tokens_in_memory(model: PreTrainedModel, rows: int) -> int | None:
     """Return about how many tokens each of ``rows`` rows may have in the memory that is free."""
     config: Any = model.config.get_text_config()
-    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")]
+    layers, hidden = (getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size"))
     vocabulary = model.get_output_embeddings()
-    if not all(isinstance(size, int) for size in sizes) or vocabulary is None:
+    if not isinstance(layers, int) or not isinstance(hidden, int) or vocabulary is None:
         return None
-    layers, hidden = sizes
     numbers = _KEPT_PER_LAYER * layers * hidden + _KEPT_OF_LOGITS * len(vocabulary.weight)
     device = next(model.parameters()).device
     free = (

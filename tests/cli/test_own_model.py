@@ -154,9 +154,9 @@ def test_foreign_models_are_refused_before_the_run_folder_is_begun(
 def test_overlapping_streams_are_refused(world: Path, tmp_path: Path) -> None:
     path = str(world / "harmful.jsonl")
     streams = {"refusal": str(world / "refusal.jsonl"), "benign": path, "general": path}
-    with pytest.raises(InputError, match=r"row 1 = row 1"):
+    with pytest.raises(InputError, match=r"harmful.jsonl, line 1 = .*harmful.jsonl, line 1"):
         run_immunisation(immunisation(world, tmp_path, streams=streams))
-    with pytest.raises(InputError, match=r"row 1 = row 1"):
+    with pytest.raises(InputError, match=r"harmful.jsonl, line 1 = .*harmful.jsonl, line 1"):
         run_attack(attack(world, tmp_path, evaluation=path))
 
 

@@ -25,7 +25,7 @@ from mithridate.configs import Seed, check_values, from_mapping, read_yaml, requ
 from mithridate.embeddings import MINILM, load_encoder
 from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
-from mithridate.examples import Example, normalise_prompt, read_examples
+from mithridate.examples import AS_PUBLISHED, Example, Reading, normalise_prompt, read_source
 from mithridate.files import sha256_file, write_atomic
 from mithridate.printable import printable
 
@@ -139,6 +139,8 @@ class AuditPlan:
         A warning fails.
     reveal
         Put prompts in the document and the page.
+    reading
+        How the files are read.
     """
 
     output_dir: Path
@@ -157,13 +159,15 @@ class AuditPlan:
     overlap: bool = False
     strict: bool = False
     reveal: bool = False
+    reading: Reading = AS_PUBLISHED
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Material:
-    """The sets, and what a testbed knows about them."""
+    """The sets, what reading them has left out, and what a testbed knows about them."""
 
     sets: dict[str, AuditSet]
+    left_out: dict[str, dict[str, int]]
     windows: list[AuditSet]
     pool: list[AuditSet]
     canaries: list[Example]
@@ -238,6 +242,7 @@ def run_audit(plan: AuditPlan, *, on_event: Listener = silent) -> dict[str, Any]
         "gates": [dataclasses.asdict(gate) for gate in judged],
         "testbed": plan.testbed or "",
         "sets": {part.name: summary_of(part) for part in everything},
+        "left_out": material.left_out,
         **found,
         "settings": {**settings, "strict": plan.strict, "overlap": plan.overlap},
         "revealed": plan.reveal,
@@ -330,8 +335,16 @@ def _read(plan: AuditPlan) -> _Material:
     def named(name: str, rows: Sequence[Example]) -> AuditSet:
         return audit_set(name, rows, reveal=plan.reveal)
 
+    left_out: dict[str, dict[str, int]] = {}
+
+    def read(name: str, source: str, stream: str, option: str = "") -> list[Example]:
+        found = read_source(source, stream=stream, name=option or name, reading=plan.reading)
+        if found.left_out:
+            left_out[name] = dict(found.left_out)
+        return found.examples
+
     windows = [
-        named(f"{_WINDOW} {number}", read_examples(source, stream="prompts"))
+        named(name := f"{_WINDOW} {number}", read(name, source, "prompts", "observed"))
         for number, source in enumerate(plan.observed, start=1)
     ]
     rows: dict[str, Sequence[Example]]
@@ -349,11 +362,11 @@ def _read(plan: AuditPlan) -> _Material:
             **({"eval": plan.evaluation} if plan.evaluation else {}),
         }
         rows = {
-            name: read_examples(source, stream=name if name in plan.streams else "harmful")
+            name: read(name, source, name if name in plan.streams else "harmful")
             for name, source in sources.items()
         }
     if plan.canaries is not None:
-        canaries = read_examples(plan.canaries, stream="harmful")
+        canaries = read("canaries", plan.canaries, "harmful")
         held = {normalise_prompt(row.prompt) for row in rows["harmful"]}
         strangers = sum(normalise_prompt(row.prompt) not in held for row in canaries)
         require(
@@ -369,10 +382,12 @@ def _read(plan: AuditPlan) -> _Material:
         )
     sets = {name: named(name, part) for name, part in rows.items()}
     if plan.pool is not None:
-        pool = [named("pool", read_examples(plan.pool, stream="prompts"))]
+        pool = [named("pool", read("pool", plan.pool, "prompts"))]
     else:
         pool = windows or [sets[name] for name in ("attack",) if name in sets]
-    return _Material(sets=sets, windows=windows, pool=pool, canaries=canaries, **known)
+    return _Material(
+        sets=sets, left_out=left_out, windows=windows, pool=pool, canaries=canaries, **known
+    )
 
 
 def _testbed(

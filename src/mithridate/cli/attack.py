@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mithridate.cli.console import Json, OutputDir, out
+from mithridate.cli.console import Columns, DropInvalid, Json, OutputDir, out
 from mithridate.configs import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ def attack(
     keep_answers: Annotated[
         bool, typer.Option("--keep-answers", help="Keep sample answers, for your eyes only.")
     ] = False,
+    columns: Columns = None,
+    drop_invalid: DropInvalid = False,
     json_output: Json = False,
 ) -> dict[str, Any]:
     """Attack your own model by fine-tuning or RL, and judge."""
     from mithridate.attacking import AttackPlan, run_attack
     from mithridate.cli.progress import listening
+    from mithridate.examples import Reading, parse_columns
 
     plan = AttackPlan(
         model=model,
@@ -80,6 +83,10 @@ def attack(
         seed=seed,
         max_new_tokens=max_new_tokens,
         keep_answers=keep_answers,
+        reading=Reading(
+            columns=parse_columns(columns or (), ("harmful", "eval", "permitted")),
+            drop_invalid=drop_invalid,
+        ),
         output_dir=output_dir,
         learning_rates=tuple(learning_rate or AttackPlan.learning_rates),
     )

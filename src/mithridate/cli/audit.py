@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mithridate.cli.console import Json, OutputDir, out
+from mithridate.cli.console import Columns, DropInvalid, Json, OutputDir, out
 from mithridate.cli.immunise import File
 from mithridate.configs import LARGEST_SEED
 
@@ -67,12 +67,15 @@ def audit(
     reveal: Annotated[
         bool, typer.Option("--reveal", help="Show prompts, in files for your eyes only.")
     ] = False,
+    columns: Columns = None,
+    drop_invalid: DropInvalid = False,
     json_output: Json = False,
 ) -> dict[str, Any]:
     """Check a harmful set; exit code 1 when a gate fails."""
     from mithridate.audit import AuditPlan, run_audit
     from mithridate.audit.run import write
     from mithridate.cli.progress import listening
+    from mithridate.examples import Reading, parse_columns
     from mithridate.reports.audit_page import audit_page
 
     given = {
@@ -98,6 +101,12 @@ def audit(
         overlap=overlap,
         strict=strict,
         reveal=reveal,
+        reading=Reading(
+            columns=parse_columns(
+                columns or (), (*given, "attack", "eval", "observed", "pool", "canaries")
+            ),
+            drop_invalid=drop_invalid,
+        ),
         output_dir=output_dir,
     )
     with listening() as listener:

@@ -26,6 +26,20 @@ OutputDir = Annotated[
     typer.Option(help="Run folder; finished work in it is kept and reused.", file_okay=False),
 ]
 
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Which columns hold what, for all files or one stream's; an empty one is left out.",
+        metavar="[STREAM:]prompt=COLUMN,answer=COLUMN",
+    ),
+]
+DropInvalid = Annotated[
+    bool,
+    typer.Option(
+        "--drop-invalid", help="Leave out rows that cannot be used or are too long, and count them."
+    ),
+]
+
 INPUT_ERROR, STOPPED, INTERRUPTED = 2, 3, 130
 
 

@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from mithridate.cli.console import Json, OutputDir, is_main_process, out
+from mithridate.cli.console import Columns, DropInvalid, Json, OutputDir, is_main_process, out
 from mithridate.configs import LARGEST_SEED
 
 File = Annotated[
-    str | None, typer.Option(help="JSON Lines, JSON, Parquet, CSV, or a Hub id.", metavar="FILE")
+    str | None,
+    typer.Option(
+        help="JSON, JSON Lines, CSV, Parquet, a saved data set, or a Hub id.", metavar="FILE"
+    ),
 ]
 
 
@@ -33,10 +36,13 @@ def immunise(
         int | None, typer.Option(min=0, max=LARGEST_SEED, help="Overrides training.seed.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a model on the Hub.")] = None,
+    columns: Columns = None,
+    drop_invalid: DropInvalid = False,
     json_output: Json = False,
 ) -> dict[str, Any]:
     """Plant a defence in your own model."""
     from mithridate.cli.progress import listening
+    from mithridate.examples import Reading, parse_columns
     from mithridate.immunisation import ImmunisationPlan, run_immunisation
     from mithridate.reports.model_card import write_model_card
 
@@ -55,6 +61,7 @@ def immunise(
         config=config,
         steps=steps,
         seed=seed,
+        reading=Reading(columns=parse_columns(columns or (), [*given]), drop_invalid=drop_invalid),
         output_dir=output_dir,
     )
     with listening() as listener:

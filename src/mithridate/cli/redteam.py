@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mithridate.cli.console import Json, out
+from mithridate.cli.console import Columns, DropInvalid, Json, out
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,6 +112,8 @@ def redteam(
             help="Run folder; finished attacks are kept.  [default: runs/redteam-…]",
         ),
     ] = None,
+    columns: Columns = None,
+    drop_invalid: DropInvalid = False,
     json_output: Json = False,
 ) -> dict[str, Any]:
     """Attack a model and its controls by a battery."""
@@ -132,6 +134,8 @@ def redteam(
         trained_on=tuple(trained_on or ()),
         max_new_tokens=max_new_tokens or 0,
         judge=judge,
+        columns=tuple(columns or ()),
+        drop_invalid=drop_invalid,
     )
     config = RedteamConfig(
         model=model,
@@ -163,8 +167,10 @@ def _own_data(
     import json
 
     from mithridate.configs import read_yaml, require
-    from mithridate.redteam.own import OwnData
+    from mithridate.examples import Reading, parse_columns
+    from mithridate.redteam.own import SETS, OwnData
 
+    columns, drop_invalid = given.pop("columns"), given.pop("drop_invalid")
     if given["harmful"] is None:
         named = [
             key
@@ -172,6 +178,7 @@ def _own_data(
             if given[key]
         ]
         named += [] if given["judge"] == "exact" and config is None else ["judge"]
+        named += ["columns"] * bool(columns) + ["drop_invalid"] * drop_invalid
         require(not named, f"{', '.join(named)} of your own, but no attacker's rows",
                 "give --harmful too, or a --testbed alone")  # fmt: skip
         return None
@@ -182,7 +189,13 @@ def _own_data(
     options = read_yaml(config) if config else {}
     require(set(options) <= {"judge"}, f"{config}: the file holds something else than judge:",
             "write the judge's options under judge:")  # fmt: skip
-    return OwnData(folder=folder, judge_options=json.dumps(options.get("judge") or {}), **given)
+    reading = Reading(columns=parse_columns(columns, SETS), drop_invalid=drop_invalid)
+    return OwnData(
+        folder=folder,
+        reading=reading,
+        judge_options=json.dumps(options.get("judge") or {}),
+        **given,
+    )
 
 
 def _show(summary: Mapping[str, Any], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Examples: the record every room shares, the streams, reading sources, splits that cannot leak."""
 
 from mithridate.examples.reading import (
+    AS_PUBLISHED,
     Found,
     Reading,
     parse_columns,
@@ -25,6 +26,7 @@ from mithridate.examples.sets import (
 )
 
 __all__ = [
+    "AS_PUBLISHED",
     "PAIRED_STREAMS",
     "STREAMS",
     "Example",

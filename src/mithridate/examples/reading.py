@@ -48,6 +48,10 @@ class Reading:
         return {**self.columns.get("", {}), **self.columns.get(name, {})}
 
 
+AS_PUBLISHED = Reading()
+"""By the schemas alone, and every row that cannot be used is refused."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """The examples of a source, and how many of its rows were left out for which reason."""
@@ -99,7 +103,7 @@ def read_examples(
     stream: str,
     split: str | None = None,
     revision: str | None = None,
-    reading: Reading | None = None,
+    reading: Reading = AS_PUBLISHED,
 ) -> list[Example]:
     """Return the examples that `read_source` finds."""
     return read_source(
@@ -113,9 +117,10 @@ def read_source(
     stream: str,
     name: str = "",
     needs_answer: bool | None = None,
+    every_kind: bool = False,
     split: str | None = None,
     revision: str | None = None,
-    reading: Reading | None = None,
+    reading: Reading = AS_PUBLISHED,
 ) -> Found:
     """Read one stream from a file, from a folder or from the Hugging Face Hub.
 
@@ -143,6 +148,8 @@ def read_source(
         What the user calls it where ``stream`` is only its kind.
     needs_answer
         ``None``: every stream but ``prompts`` does.
+    every_kind
+        Take rows whatever they are marked as.
     split, revision
         Passed to the Hub; a split within ``source`` comes first, ``train`` last.
 
@@ -153,7 +160,6 @@ def read_source(
     """
     if stream not in STREAMS:
         raise InputError(f"unknown stream {stream!r}", mend=f"known streams: {', '.join(STREAMS)}")
-    reading = reading or Reading()
     place = parse_source(source)
     if place.on_hub and place.split is None:
         place = dataclasses.replace(place, split=split or "train")
@@ -173,6 +179,7 @@ def read_source(
                 stream,
                 columns=reading.of(name or stream),
                 needs_answer=stream != "prompts" if needs_answer is None else needs_answer,
+                every_kind=every_kind,
                 notes=notes,
             )
         except RowError as error:

@@ -265,6 +265,7 @@ def examples_of(
     *,
     columns: Mapping[str, str],
     needs_answer: bool,
+    every_kind: bool = False,
     notes: Notes,
 ) -> list[Example]:
     """Return the examples of one row; none where the stream takes no rows of its kind.
@@ -282,7 +283,8 @@ def examples_of(
     """
     schema = schema_of(row) or PLAIN
     used = {"id", *schema.marks, *schema.known}
-    return _Reader(row, where, stream, schema, columns, needs_answer, notes, used).examples()
+    reader = _Reader(row, where, stream, schema, columns, needs_answer, every_kind, notes, used)
+    return reader.examples()
 
 
 _Column = tuple[str, Any]
@@ -309,11 +311,12 @@ class _Reader:
     schema: Schema
     columns: Mapping[str, str]
     needs_answer: bool
+    every_kind: bool
     notes: Notes
     used: set[str]
 
     def examples(self) -> list[Example]:
-        if self._is_other_kind():
+        if self._is_other_kind() and not self.every_kind:
             return []
         found = [self._example(texts) for texts in self._texts()]
         for name, value in self.row.items():
@@ -416,7 +419,8 @@ class _Reader:
                     where=self.where,
                     mend=f"choose one: --columns answer={answer}",
                 )
-            if _truth(self.row[safe], self.where, safe) == SAFE_ANSWERS[self.stream]:
+            is_safe = _truth(self.row[safe], self.where, safe)
+            if self.every_kind or is_safe == SAFE_ANSWERS[self.stream]:
                 found.append(self._pair(
                     self._value("prompt", self.schema.prompt), (answer, self.row[answer])
                 ))  # fmt: skip

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -162,6 +163,18 @@ class SDD(Method):
             )
             for p in self.pairs
         ]
+        asked = {row: len(context.chat.prompt_ids(prompts[row].prompt)) for row in
+                 {p.prompt for p in self.pairs}}  # fmt: skip
+        cut = sum(
+            row.answer_start < asked[p.prompt]
+            for row, p in zip(self._rows, self.pairs, strict=True)
+        )
+        if cut:
+            warnings.warn(
+                f"SDD: the prompts of {cut} of {len(self.pairs)} pairs are cut to "
+                f"{context.chat.max_length} tokens with their answers: raise training.max_length",
+                stacklevel=2,
+            )
         above = sum(p.cosine > self.config.threshold for p in self.pairs)
         if context.output_dir is not None:
             record = {
@@ -176,6 +189,7 @@ class SDD(Method):
         return {
             "pairs": float(len(self.pairs)),
             "pairs_above_threshold": float(above),
+            "pairs_cut": float(cut),
             "pairs_mean_cosine": sum(p.cosine for p in self.pairs) / len(self.pairs),
             "pairing_seconds": seconds,
         }

@@ -8,11 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mithridate.attacks.rl import exact_match
-from mithridate.examples import Example, check_disjoint, read_examples, split_by_prompt
-from mithridate.judges.answers import AnswerJudge
+from mithridate.examples import (
+    AS_PUBLISHED,
+    Example,
+    Found,
+    Reading,
+    check_disjoint,
+    read_source,
+    split_by_prompt,
+)
+from mithridate.judges.answers import AnswerJudge, check_kinds
 from mithridate.judges.base import make_judge, useful_harms
 from mithridate.judges.outcomes import Outcome
 from mithridate.testbeds.base import AttackPreset, GateResult, TestbedData, hashes_of
+
+SETS = ("harmful", "eval", "permitted", "benign", "trained-on")
+"""What the command line calls the files."""
 
 _TEST_SHARE = 0.2
 
@@ -37,6 +48,8 @@ class OwnData:
         What the defence was trained on: no prompt of it may be attacked or judged.
     max_new_tokens
         Of an answer, thinking included; 0: as many as the answers need.
+    reading
+        How the files are read.
     judge, judge_options
         ``NAME`` or ``NAME:SOURCE``, and the section ``judge:`` as JSON.
     """
@@ -50,6 +63,7 @@ class OwnData:
     max_new_tokens: int = 0
     judge: str = "exact"
     judge_options: str = "{}"
+    reading: Reading = AS_PUBLISHED
 
 
 class OwnBed:
@@ -72,7 +86,7 @@ class OwnBed:
     def __init__(self, given: OwnData) -> None:
         self.max_new_tokens = given.max_new_tokens
         self.judges = make_judge(given.judge, json.loads(given.judge_options), where="judge")
-        self.data = _read(given, answers=self.judges.needs_answers)
+        self.data, self.left_out = _read(given, answers=self.judges.needs_answers)
         self.judges.prepare(given.folder)
         self._exact: dict[Example, AnswerJudge] = {}
         for rows in (self.data.attack, self.data.permitted, *self.data.benign_task.values()):
@@ -107,17 +121,33 @@ class OwnBed:
         return []
 
 
-def _read(given: OwnData, *, answers: bool) -> TestbedData:
-    sets = {
-        "harmful": read_examples(given.harmful, stream="harmful"),
-        "eval": read_examples(given.evaluation, stream="harmful" if answers else "prompts"),
+def _read(given: OwnData, *, answers: bool) -> tuple[TestbedData, dict[str, dict[str, int]]]:
+    """Return the data, and for each set what was left out of it."""
+
+    def read(name: str, source: str, stream: str, needs_answer: bool | None = None) -> Found:
+        return read_source(
+            source,
+            stream=stream,
+            name=name,
+            needs_answer=needs_answer,
+            every_kind=name == "trained-on",
+            reading=given.reading,
+        )
+
+    found = {
+        "harmful": read("harmful", given.harmful, "harmful"),
+        "eval": read("eval", given.evaluation, "harmful" if answers else "prompts"),
     }
-    for name, source in (("permitted", given.permitted), ("benign", given.benign)):
-        if source is not None:
-            sets[name] = read_examples(source, stream=name if name == "benign" else "benign")
+    if given.permitted is not None:
+        # Whether a permitted question is refused can be seen without its answer.
+        found["permitted"] = read("permitted", given.permitted, "benign", answers)
+    if given.benign is not None:
+        found["benign"] = read("benign", given.benign, "benign")
+    sets = {name: one.examples for name, one in found.items()}
     check_disjoint(sets)
+    check_kinds(sets)
     for source in given.trained_on:
-        defended = read_examples(source, stream="prompts")
+        defended = read("trained-on", source, "prompts").examples
         for name in ("harmful", "eval", "permitted"):
             check_disjoint({name: sets.get(name, []), f"trained-on {source}": defended})
     benign, task = sets.get("benign", []), {"train": list[Example](), "test": list[Example]()}
@@ -132,4 +162,5 @@ def _read(given: OwnData, *, answers: bool) -> TestbedData:
         "restricted": sets["eval"],
         "permitted": sets.get("permitted", []),
     }
-    return TestbedData(**parts, refusal_probe=[], hashes=hashes_of(parts))  # type: ignore[arg-type]
+    data = TestbedData(**parts, refusal_probe=[], hashes=hashes_of(parts))  # type: ignore[arg-type]
+    return data, {name: dict(one.left_out) for name, one in found.items() if one.left_out}

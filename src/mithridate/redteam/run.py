@@ -697,6 +697,7 @@ class _RunFolder:
                 "schema": SCHEMA,
                 "models": self._hashes,
                 "data": self._testbed.data.hashes,
+                "left out": getattr(self._testbed, "left_out", {}),
                 "versions": versions(),
             },
         )

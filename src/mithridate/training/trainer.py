@@ -325,7 +325,7 @@ def immunise(
         tokenizer,
         examples,
         max_length=config.max_length,
-        rows=config.micro_batch_size or getattr(method.config, "batch_size", 1),
+        rows=config.micro_batch_size or int(getattr(method.config, "batch_size", 1)),
         drop=drop_invalid,
         option="training.max_length",
     )
