@@ -9,13 +9,14 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 
 from mithridate.errors import InputError
+from mithridate.printable import quoted
 
 C = TypeVar("C")
 
@@ -51,8 +52,51 @@ Range = Annotated[
 ]
 
 
+_MOST_BYTES = 1 << 20
+_MOST_VALUES = 20_000
+_MOST_DEPTH = 32
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
+def _parts(node: yaml.Node) -> Iterator[yaml.Node]:
+    """Yield the nodes that a list or a mapping is made of."""
+    if not isinstance(node, yaml.ScalarNode):
+        for part in node.value:
+            yield from part if isinstance(part, tuple) else (part,)
+
+
 class _Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` without its silence about keys given twice."""
+    """`yaml.SafeLoader` for plain values, bounded, and not silent about keys given twice.
+
+    Counted is what the document says with its aliases written out: a few lines of them can stand
+    for more than any memory holds.
+    """
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._depth = self._values = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse what is too deep or too large before it is built."""
+        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        self._values += 1
+        if self._depth > _MOST_DEPTH:
+            raise yaml.composer.ComposerError(None, None, "it is too deep", mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is not None and not is_alias:
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in _parts(node))
+        elif node is not None and id(node) not in self._sizes:
+            raise yaml.composer.ComposerError(
+                None, None, "the alias stands within what it names", mark
+            )
+        if max(self._values, self._sizes.get(id(node), 0)) > _MOST_VALUES:
+            raise yaml.composer.ComposerError(
+                None, None, f"it stands for more than {_MOST_VALUES} values", mark
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -60,10 +104,22 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                        None, None, f"the key {quoted(key.value)} is given twice", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+
+# A date stays the text that it is; sets, binary values and other objects are refused.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.yaml_constructors = {
+    tag: function
+    for tag, function in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in _PLAIN
+}
 
 
 # YAML 1.1 reads 1e-4, the usual way to write a learning rate, as text.
@@ -88,17 +144,19 @@ def from_mapping(cls: type[C], values: Mapping[str, Any], *, where: str) -> C:
         Naming every faulty key together.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{values!r} is not a mapping", where=where, mend="use key: value lines")
+        raise InputError(
+            f"{quoted(values)} is not a mapping", where=where, mend="use key: value lines"
+        )
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls, include_extras=True)
     faults = []
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
+            near = difflib.get_close_matches(quoted(key).strip("'"), fields, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            faults.append(f"unknown key {key!r}{hint}")
+            faults.append(f"unknown key {quoted(key)}{hint}")
         elif not _fits(value, hints[key]):
-            faults.append(f"{key}: {value!r} is not {_due(value, hints[key])}")
+            faults.append(f"{key}: {quoted(value)} is not {_due(value, hints[key])}")
     missing = [
         name
         for name, field in fields.items()
@@ -122,7 +180,7 @@ def check_values(config: Any) -> None:
     """Raise `InputError` naming every field of a dataclass that is not as its annotation says."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     faults = [
-        f"{field.name}: {value!r} is not {_due(value, hints[field.name])}"
+        f"{field.name}: {quoted(value)} is not {_due(value, hints[field.name])}"
         for field in dataclasses.fields(config)
         if not _fits(value := getattr(config, field.name), hints[field.name])
     ]
@@ -136,21 +194,43 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     where = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(_bounded(path), Loader=_Loader)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError("no such file", where=where, mend="check the path") from None
     except OSError as error:
         raise InputError(
             f"cannot be read: {error.strerror}", where=where, mend="check the path"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"not valid YAML: {error}", where=where, mend="correct the file") from None
+    # Text that looks like a number and is none (0x_) is a plain ValueError there.
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"not valid YAML: {_shortened(str(error))}", where=where, mend="correct the file"
+        ) from None
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise InputError("the top level is not a mapping", where=where, mend="use key: value lines")
     return value
+
+
+def _bounded(path: Path) -> bytes:
+    fault = ""
+    if path.is_fifo() or path.is_char_device():
+        fault = "is no regular file"
+    else:
+        with path.open("rb") as handle:
+            data = handle.read(_MOST_BYTES + 1)
+        if len(data) <= _MOST_BYTES:
+            return data
+        fault = f"holds more than {_MOST_BYTES >> 20} MiB"
+    raise InputError(fault, where=str(path), mend="give a YAML file")
+
+
+def _shortened(text: str) -> str:
+    """Return a message of the YAML reader, which may quote whole lines, in 400 characters."""
+    return text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
 
 
 def require(condition: bool, what: str, mend: str) -> None:

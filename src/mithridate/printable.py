@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import reprlib
 import unicodedata
+from typing import Any
 
 # Control (Cc), formatting such as bidirectional overrides (Cf), lone surrogates (Cs), and the
 # separators that some viewers take for a new line (Zl, Zp).
 _DANGEROUS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+_QUOTED = 200
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _QUOTED
 
 
 def printable(text: str, *, limit: int | None = None) -> str:
@@ -23,6 +29,11 @@ def printable(text: str, *, limit: int | None = None) -> str:
     if limit is not None and len(text) > limit:
         text = text[: limit - 1] + "…"
     return "".join(_shown(character) for character in text)
+
+
+def quoted(value: Any) -> str:
+    """Return a value for a message: at most 200 characters of it, however large it is."""
+    return printable(_SHORT.repr(value), limit=_QUOTED)
 
 
 def _shown(character: str) -> str:

@@ -363,8 +363,8 @@ class _Scene:
     def _diagnose(self, model: PreTrainedModel) -> dict[str, float]:
         oracle = GradientOracle(model, micro_batch_size=64, autocast=self.job.sizes.autocast)
         found: dict[str, float] = {}
-        if self.permitted:
-            benign = self.chat.batch(self.permitted[:_DIAGNOSED_ROWS])
+        if answered := [item for item in self.permitted if item.answer][:_DIAGNOSED_ROWS]:
+            benign = self.chat.batch(answered)
             lost = oracle.loss(answer_cross_entropy, benign, purpose="evaluation")
             found |= {
                 "benign_log_perplexity": lost,
