@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mithridate import demo
 from mithridate.demo import DemoConfig, Preset, read_method, read_preset, run_demo
@@ -147,6 +148,8 @@ def test_a_method_without_steps_gets_the_base_model_and_no_cost(toy, tmp_path, m
     assert summary["cost"] is None
     assert json.loads((tmp_path / "run/planting/lox.json").read_text())["base"] == str(base)
     assert "<html" in (tmp_path / "run" / "report.html").read_text()
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert str(base) in str(settings)
 
 
 def test_too_little_room_is_said_before_the_aligned_model_is_made(toy, tmp_path, monkeypatch):

@@ -11,6 +11,10 @@ from transformers import BartConfig, BartForConditionalGeneration, BertConfig, B
 
 from mithridate import models
 from mithridate.errors import InputError
+from mithridate.examples import Example
+from mithridate.methods.sft import SFT, SFTConfig
+from mithridate.training import TrainingConfig, immunise
+from mithridate.weights.losses import final_norm
 from tests.compat.zoo import save_zoo, zoo_multimodal, zoo_tokenizer
 from tests.training.tiny_world import tiny_model, tiny_tokenizer
 
@@ -376,3 +380,29 @@ def test_adapter_without_its_model(folder):
     (folder / "config.json").rename(folder / "adapter_config.json")
     with pytest.raises(InputError, match=r"adapter without its model.*\n.*merge"):
         models.load(str(folder))
+
+
+def test_of_a_model_that_sees_the_text_part_alone_is_trained_and_all_of_it_kept(tmp_path):
+    model, tokenizer = models.load(str(save_zoo("gemma3", tmp_path / "model")))
+    names = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert not any("vision" in name or "projector" in name for name in names)
+    assert "model.language_model.layers.1.mlp.up_proj.weight" in names
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    rows = [Example(prompt=f"question {n}", answer=f"answer {n}") for n in range(4)]
+    config = TrainingConfig(steps=1, save_every=0, learning_rate=1e-2, save_dtype="float32")
+    immunise(
+        model,
+        tokenizer,
+        {"refusal": rows},
+        SFT(SFTConfig(batch_size=4, retain=("refusal",))),
+        config,
+        tmp_path / "run",
+    )
+    loaded, _ = models.load(str(tmp_path / "run" / "model"))
+    after = dict(loaded.named_parameters())
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    assert moved <= names
+    assert "model.language_model.layers.1.mlp.up_proj.weight" in moved
+    assert len(after) == len(before)
+    assert "use_cache" not in json.loads((tmp_path / "run/model/config.json").read_text())
+    assert final_norm(model) is model.model.language_model.norm

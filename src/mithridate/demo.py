@@ -191,7 +191,7 @@ def run_demo(
     history, seconds["planting"] = planted.history, planted.seconds
     # The method holds its simulated fine-tuners, many times the model's size.
     del model, planted
-    method, _ = read_method(preset, config)
+    method = _with_base(read_method(preset, config)[0], testbed)
     give_back_memory()
     clock = time.perf_counter()
 

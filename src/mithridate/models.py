@@ -103,7 +103,8 @@ def load(
     """Return the float32 model and tokenizer at a folder or Hub id; no code of theirs is run.
 
     The model is tried once: what it answers to a few tokens must be numbers, and must not hang on
-    the tokens after them.
+    the tokens after them. Beside its text part, which alone is trained, it may keep frozen towers
+    for images or sound.
 
     Raises
     ------
@@ -118,6 +119,7 @@ def load(
     )
     with _told("model", source, _HUB_MEND):
         _check_fit(source, model, tokenizer, missing)
+        _freeze_towers(model)
     return model, tokenizer
 
 
@@ -339,6 +341,15 @@ def _check_size(kind: Any, config: Any, stored: Stored, folder: Path) -> None:
             where=str(folder / "config.json"),
             mend="give the configuration that belongs to these weights",
         )
+
+
+def _freeze_towers(model: PreTrainedModel) -> None:
+    if model.config.get_text_config() is model.config:
+        return
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    text = {id(weight) for part in parts for weight in part.parameters()}
+    for weight in model.parameters():
+        weight.requires_grad_(id(weight) in text)
 
 
 def _check_left_out(source: str, model: PreTrainedModel, names: Collection[str]) -> None:

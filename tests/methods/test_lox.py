@@ -16,6 +16,7 @@ from mithridate.immunisation import ImmunisationPlan, run_immunisation
 from mithridate.methods import lox
 from mithridate.methods.lox import LoX, LoXConfig
 from mithridate.training import TrainingConfig, immunise
+from tests.compat.zoo import save_zoo, zoo_model
 from tests.tiny import (
     WORDS,
     MemoryWatch,
@@ -263,6 +264,35 @@ def test_a_deeper_base_is_refused_and_stray_buffers_are_not(base):
     save_file(stored | {name: torch.zeros(3, 64)}, base / "model.safetensors")
     with pytest.raises(InputError, match=f"1 tensors of it are none of the model's .first: {name}"):
         lox_for(base).check(model)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["deepseek_v3", "gpt_neox", "granitemoe", "llama4_text", "mixtral", "phi3", "qwen3_moe"],
+)
+def test_every_weight_finds_its_own_in_files_of_another_form(tmp_path, family):
+    folder = save_zoo(family, tmp_path / "base")
+    model = zoo_model(family)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    torch.manual_seed(1)
+    steps = {name: 0.01 * torch.randn_like(weight) for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.add_(steps[name])
+    method = lox_for(folder, rank=None, strength=1.0)
+    method.check(model)
+    method.prepare(SimpleNamespace(oracle=SimpleNamespace(model=model), seed=0, output_dir=None))
+    for name, weight in model.named_parameters():
+        times = 2 if weight.ndim >= 2 else 1
+        torch.testing.assert_close(weight, before[name] + times * steps[name], msg=name)
+
+
+def test_a_base_of_other_shapes_is_refused_in_files_of_another_form_too(tmp_path):
+    folder = save_zoo("mixtral", tmp_path / "base")
+    with pytest.raises(InputError, match=r"none of the model's|it has no tensor"):
+        lox_for(folder).check(zoo_model("mixtral", layers=1))
+    with pytest.raises(InputError, match="it has no tensor"):
+        lox_for(folder).check(zoo_model("mixtral", layers=3))
 
 
 def test_an_adapter_is_refused(base, tmp_path):

@@ -9,7 +9,9 @@ released code          here                        why
 ====================== =========================== =============================================
 full rank, alpha 1     rank 6, alpha 1.25          the paper's; the code's are ``rank=None``, 1.0
 difference in bf16     float32                     it is small beside the weights
-three models in memory one matrix of the base      read from its safetensors as it is needed
+three models in memory one matrix of the base      read from its safetensors as it is needed; the
+                                                   whole base where files hold the weights in
+                                                   another form than the model (fused experts)
 exact SVD              randomised                  checked against the exact one, once a run
 tied weights           once                        the code moves a shared tensor by its name
 ====================== =========================== =============================================
@@ -27,7 +29,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
+from mithridate import models
 from mithridate.configs import Count, Weight, require
 from mithridate.errors import InactiveTermError, InputError, RunStoppedError
 from mithridate.files import sha256_file, write_json
@@ -99,19 +104,20 @@ class LoX(Method):
 
     def check(self, model: nn.Module | None) -> None:
         """Refuse a base model that is missing, or of other shapes than ``model``."""
-        base = self._base()
+        base = self._base(model)
         if model is not None:
             self._pairs(model, base)
             base.check_rest(model)
 
     def check_tokenizer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ARG002
-        self._base().check_words(tokenizer)
+        self._base(None).check_words(tokenizer)
 
     def prepare(self, context: RunContext) -> dict[str, float]:
         """Extrapolate every matrix in turn; writes ``lox.json`` (energies, no weights)."""
         if self.config.strength == 0:
             return {"matrices": 0.0}
-        model, base = context.oracle.model, self._base()
+        model = context.oracle.model
+        base = self._base(model)
         pairs = self._pairs(model, base)
         found: dict[str, float] = {"svd_error": self._check_svd(context, base, pairs)}
         rows, captured, whole = [], 0.0, 0.0
@@ -142,14 +148,14 @@ class LoX(Method):
         context.space.give_gradient(None)
         return {}
 
-    def _base(self) -> BaseModel:
+    def _base(self, model: nn.Module | None) -> BaseModel:
         if self.config.base is None:
             raise InputError(
                 "LoX needs the model before its alignment",
                 where="method.base",
                 mend="give base: the folder or Hub id of the model this one was aligned from",
             )
-        return BaseModel(self.config.base, self.config.base_revision)
+        return BaseModel(self.config.base, self.config.base_revision, model)
 
     def _pairs(self, model: nn.Module, base: BaseModel) -> list[tuple[str, nn.Parameter, str]]:
         """Return each matrix once, with its name and its name in the base model's files."""
@@ -211,13 +217,21 @@ class LoX(Method):
 class BaseModel:
     """The safetensors files of a model, of which one tensor is read at a time.
 
+    Where `transformers` renames, stacks or splits what is in the files of such a model, it loads
+    the base too, whole, at the first tensor that is read.
+
+    Parameters
+    ----------
+    model
+        The one aligned from it.
+
     Raises
     ------
     InputError
         There is no such model, or no whole safetensors file in it.
     """
 
-    def __init__(self, source: str, revision: str | None) -> None:
+    def __init__(self, source: str, revision: str | None, model: nn.Module | None) -> None:
         self.source = source
         self._folder = _folder(source, revision)
         self._files = sorted(self._folder.glob("*.safetensors"))
@@ -242,6 +256,18 @@ class BaseModel:
                 mend="save it with save_pretrained, and give that folder",
             )
 
+        self._converted = model is not None and _is_converted(model)
+        self._loaded: dict[str, torch.Tensor] = {}
+        if self._converted:
+            models.check(str(self._folder))
+            config = open_part(AutoConfig, str(self._folder), what="the base model", mend=_MEND)
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(config)
+            self._shapes = {
+                name: list(weight.shape)
+                for name, weight in empty.named_parameters(remove_duplicate=False)
+            }
+
     def find(self, names: list[str], shape: torch.Size, model: nn.Module) -> str:
         """Return the name here of a tensor that goes by ``names`` in ``model``.
 
@@ -250,7 +276,7 @@ class BaseModel:
         InputError
             Naming the tensor, if it is missing here or has another shape.
         """
-        source = next((name for name in _spellings(names, model) if name in self._places), None)
+        source = next((name for name in _spellings(names, model) if name in self._shapes), None)
         if source is None:
             raise InputError(f"it has no tensor {names[0]}", where=self.source, mend=_MEND)
         here = tuple(self._shapes[source])
@@ -273,7 +299,7 @@ class BaseModel:
         ]
         rest = sorted(
             name
-            for name in self._places.keys() - set(_spellings(names, model))
+            for name in self._shapes.keys() - set(_spellings(names, model))
             if not any(re.search(pattern, name) for pattern in ignored)
         )
         if rest:
@@ -315,6 +341,14 @@ class BaseModel:
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor, as it is stored."""
+        if self._converted:
+            if not self._loaded:
+                base, _, missing = models.load_as(
+                    AutoModelForCausalLM, str(self._folder), None, what="base model", mend=_MEND
+                )
+                require(not missing, f"the base model lacks {', '.join(missing[:3])}", _MEND)
+                self._loaded = dict(base.named_parameters(remove_duplicate=False))
+            return self._loaded[name].detach()
         with safe_open(self._places[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
@@ -322,6 +356,13 @@ class BaseModel:
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file."""
         return {path.name: sha256_file(path) for path in self._files}
+
+
+def _is_converted(model: nn.Module) -> bool:
+    """Whether `transformers` makes such a model's weights from others in its files."""
+    return isinstance(model, PreTrainedModel) and bool(
+        get_model_conversion_mapping(model, add_legacy=False)
+    )
 
 
 def _spellings(names: list[str], model: nn.Module) -> list[str]:
