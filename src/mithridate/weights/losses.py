@@ -383,10 +383,9 @@ def answer_log_probability_and_entropy(
 
 def final_norm(model: nn.Module) -> nn.Module:
     """Return the norm between the last layer and the output head, found by its name."""
-    inner = _innermost(model)
+    body = _innermost(model).base_model
     # Beside towers for images or sound, the text part is a model inside the model.
-    whole = inner.config.get_text_config() is inner.config
-    body = inner.base_model if whole else inner.get_decoder()
+    body = getattr(body, "language_model", body)
     for name in _FINAL_NORMS:
         found = getattr(body, name, None)
         if isinstance(found, nn.Module):
