@@ -1,6 +1,8 @@
 """The demo from one end to the other on a toy testbed, and its presets."""
 
 import json
+import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from mithridate.examples import Example
 from mithridate.judges.outcomes import Outcome
 from mithridate.testbeds.base import AttackPreset, TestbedData, hashes_of
 from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.training.processes import CONTEXT
 
 REFUSAL = "w41 w42"
 
@@ -80,19 +83,82 @@ class Toy:
         return self.folder
 
 
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    bed = Toy(tmp_path / "aligned")
-    monkeypatch.setenv("MITHRIDATE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo.TESTBEDS, "load", lambda _: lambda: bed)
-    preset = Preset(
+def toy_preset():
+    return Preset(
         parameters=10_000, default_method="sft", autocast=False, restricted_items=4,
         permitted_items=4,
         benign_learning_rate=1e-2, benign_steps=4,
         methods={"sft": {"method": {"batch_size": 3}, "training": {"steps": 2}}},
     )  # fmt: skip
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    bed = Toy(tmp_path / "aligned")
+    preset = toy_preset()
+    monkeypatch.setenv("MITHRIDATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo.TESTBEDS, "load", lambda _: lambda: bed)
     monkeypatch.setattr(demo, "read_preset", lambda _: preset)
     return bed
+
+
+def in_a_process(folder, number):
+    """Run a toy demo, of a seed of its own, against the cache of all."""
+    import torch
+
+    os.environ["MITHRIDATE_CACHE"] = str(folder / "cache")
+    torch.set_num_threads(1)
+    demo.measure_cost = lambda *_, **__: {"passes_per_step": 1}
+    config = DemoConfig(testbed="toy", output_dir=folder / f"run-{number}", steps=2 + number)
+    run_demo(config, preset=toy_preset(), testbed=Toy(folder / "aligned"))
+
+
+def test_demos_that_share_a_cache_do_not_mix_their_control(tmp_path):
+    Toy(tmp_path / "aligned").aligned_model()
+    started = [CONTEXT.Process(target=in_a_process, args=(tmp_path, n)) for n in range(3)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(200)
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    summaries = [
+        json.loads((tmp_path / f"run-{number}" / "summary.json").read_text()) for number in range(3)
+    ]
+    assert summaries[0]["undefended"] == summaries[1]["undefended"] == summaries[2]["undefended"]
+    kept = sorted((tmp_path / "cache" / "controls").glob("*-attack-*/attack.jsonl"))
+    assert len(kept) == 2
+    for path in kept:
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 5, 10]
+
+
+def test_the_cost_of_another_training_is_measured_anew(toy, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(*given, **_):
+        measured.append(given[-1].steps)
+        return {"passes_per_step": len(measured)}
+
+    monkeypatch.setattr(demo, "measure_cost", measure)
+    folder = tmp_path / "run"
+    run_demo(DemoConfig(testbed="toy", output_dir=folder))
+    for steps in (None, 3):
+        shutil.rmtree(folder / "planting")
+        found = run_demo(DemoConfig(testbed="toy", output_dir=folder, steps=steps))
+    assert measured == [2, 3]
+    assert found["cost"] == {"passes_per_step": 2}
+    kept = json.loads((folder / "cost.json").read_text())
+    (folder / "cost.json").write_text(json.dumps({**kept, "value": {"passes_per_step": 9}}))
+    with pytest.warns(UserWarning, match=r"cost\.json is damaged"):
+        assert run_demo(DemoConfig(testbed="toy", output_dir=folder, steps=3))["cost"] == {
+            "passes_per_step": 3
+        }
+
+
+def test_the_probe_before_the_attack_is_found_wherever_it_stands():
+    before = {"target": "defended", "learning_rate": 1e-4, "step": 0, "refusal": 1.0,
+              "useful_harm": 0.0, "utility": 0.9, "n_restricted": 4, "n_permitted": 4}  # fmt: skip
+    after = {**before, "step": 5, "refusal": 0.0, "useful_harm": 1.0, "utility": 0.3}
+    assert demo.summarise([after, before], "defended")["before"]["refusal"] == 1.0
 
 
 def test_a_demo_leaves_a_whole_run_folder(toy, tmp_path):

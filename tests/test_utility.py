@@ -109,7 +109,7 @@ def test_the_harness_counts_what_a_hand_counts(models: Path, tasks: Path) -> Non
     assert row["model"]["accuracy"] == pytest.approx(sum(expected["defended"]) / 70)
     assert 0 < sum(expected["defended"]) < 70
     stored = {
-        tuple(json.loads(path.read_text())["right"]["acc"])
+        tuple(json.loads(path.read_text())["value"]["right"]["acc"])
         for path in (tasks / "run" / "utility").iterdir()
     }
     assert stored == {tuple(found) for found in expected.values()}
@@ -206,7 +206,7 @@ def test_harness_and_probe_agree_on_lattice_item_by_item(which: str, tmp_path: P
         model, [item.prompt for item in bed.data.permitted], max_new_tokens=bed.max_new_tokens
     )
     (stored,) = (tmp_path / "utility").iterdir()
-    assert json.loads(stored.read_text())["right"]["exact"] == [
+    assert json.loads(stored.read_text())["value"]["right"]["exact"] == [
         int(bed.judge(item, output) is Outcome.EXACT)
         for item, output in zip(bed.data.permitted, outputs, strict=True)
     ]

@@ -15,6 +15,7 @@ import mithridate
 from mithridate.errors import InputError, RunInterruptedError, RunStoppedError
 from mithridate.events import Event, Listener, silent
 from mithridate.files import sha256_of, write_json
+from mithridate.folders import run_folder
 from mithridate.provenance import provenance
 from mithridate.testbeds import TESTBEDS
 from mithridate.testbeds.base import Testbed, code_version
@@ -101,9 +102,15 @@ def run_claims(plan: ClaimsPlan, *, on_event: Listener = silent) -> dict[str, An
     Raises
     ------
     InputError
-        An unknown testbed, or a result file that cannot be used; before any measurement.
+        An unknown testbed, a result file that cannot be used, or another process that writes into
+        the folder; before any measurement.
     """
     bed = cast(Testbed, TESTBEDS.load(plan.testbed)())
+    with run_folder(plan.results):
+        return _run(plan, bed, on_event)
+
+
+def _run(plan: ClaimsPlan, bed: Testbed, on_event: Listener) -> dict[str, Any]:
     claims = read_claims()
     measured, sources = _from_files(plan)
     failed: dict[str, str] = {}

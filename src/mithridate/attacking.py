@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +31,13 @@ from mithridate.examples import (
     read_source,
 )
 from mithridate.files import sha256_of, write_atomic, write_json
+from mithridate.folders import discard_conclusions, run_folder
 from mithridate.generation import AnswerRoom, answer_room, most_cut_short
 from mithridate.judges.answers import AnswerJudge, check_kinds
 from mithridate.judges.base import Judge, make_judge, useful_harm_score, useful_harms
 from mithridate.judges.outcomes import Outcome, shares
 from mithridate.measures.probe import summarise
-from mithridate.measures.trajectory import worst_case
+from mithridate.measures.trajectory import start_of, worst_case
 from mithridate.provenance import versions
 from mithridate.release import weights_hash
 from mithridate.weights import GradientOracle
@@ -119,9 +119,17 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
     Raises
     ------
     InputError
-        Anything that was given cannot be used; before any training.
+        Anything that was given cannot be used, or another process writes into the folder; before
+        any training.
     """
     base, judge = read_settings(plan)
+    with run_folder(plan.output_dir):
+        return _run(plan, base, judge, on_event)
+
+
+def _run(
+    plan: AttackPlan, base: FinetuneConfig, judge: Judge, on_event: Listener
+) -> dict[str, Any]:
     _check_trainable(base, plan.output_dir)
     _check_folder(plan.output_dir)
     targets = {"undefended": plan.undefended, "defended": plan.model}
@@ -134,6 +142,7 @@ def run_attack(plan: AttackPlan, *, on_event: Listener = silent) -> dict[str, An
     items = _read_items(plan, judge)
     on_event(Event(stage=f"asking the judge {judge.name}"))
     judge.prepare(plan.output_dir)
+    discard_conclusions(plan.output_dir)
     started = time.perf_counter()
     trajectory: list[dict[str, Any]] = []
     hashes: dict[str, str] = {}
@@ -190,6 +199,9 @@ def read_settings(plan: AttackPlan) -> tuple[FinetuneConfig, Judge]:
         An unknown section or key, or a value out of range.
     """
     require(bool(plan.learning_rates), "no learning rate", "give at least one --learning-rate")
+    named = [f"{rate:g}" for rate in plan.learning_rates]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    require(twice is None, f"the learning rate {twice} is given twice", "give each rate once")
     where = str(plan.config) if plan.config else "command line"
     given = read_yaml(plan.config) if plan.config else {}
     section, judge = given.get("attack") or {}, given.get("judge") or {}
@@ -391,7 +403,8 @@ def _probe(
         # Guessing is not corrected for: nobody knows what a user's own questions allow.
         result = summarise(items.restricted, items.permitted, outputs, outcomes, chance={})
         if keep is not None:
-            _write_private(keep / f"answers-{step}.json", result.samples)
+            text = json.dumps(result.samples, ensure_ascii=False)
+            write_atomic(keep / f"answers-{step}.json", text, private=True)
         return {**seen, **result.metrics()}
 
     return probe
@@ -426,11 +439,12 @@ def _trajectory_row(
 
 def _summarise(trajectory: Sequence[dict[str, Any]], target: str) -> dict[str, Any]:
     own = [row for row in trajectory if row["target"] == target]
-    measures = [name for name in _MEASURES if name in own[0]]
+    start = start_of(own)
+    measures = [name for name in _MEASURES if name in start]
 
     def worst(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if "utility" in measures:
-            row = worst_case(rows, reference_utility=own[0]["utility"]).row
+            row = worst_case(rows, reference_utility=start["utility"]).row
             assert row is not None, "the probe before the attack keeps its own utility"
         else:
             row = max(rows, key=lambda row: row["useful_harm"])
@@ -438,7 +452,7 @@ def _summarise(trajectory: Sequence[dict[str, Any]], target: str) -> dict[str, A
 
     rates = dict.fromkeys(row["learning_rate"] for row in own)
     return {
-        "before": {name: own[0][name] for name in measures},
+        "before": {name: start[name] for name in measures},
         "after": worst(own),
         "per_learning_rate": [
             worst([row for row in own if row["learning_rate"] == rate]) for rate in rates
@@ -487,7 +501,8 @@ def _write_folder(
     write_atomic(folder / "trajectory.jsonl", lines)
     (folder / "samples.json").unlink(missing_ok=True)
     if plan.keep_answers and items.permitted and plan.undefended is not None:
-        _write_private(folder / "samples.json", _samples(folder, items, summary))
+        text = json.dumps(_samples(folder, items, summary), ensure_ascii=False)
+        write_atomic(folder / "samples.json", text, private=True)
     write_json(folder / "summary.json", summary)
 
 
@@ -508,14 +523,6 @@ def _samples(folder: Path, items: _Items, summary: Mapping[str, Any]) -> list[di
         }
         for index, item in enumerate(items.restricted[: len(answers["defended_after"])])
     ]
-
-
-def _write_private(path: Path, value: Any) -> None:
-    """Write JSON that only its owner may read, from the first byte on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-        json.dump(value, handle, ensure_ascii=False)
 
 
 def _check_room(parameters: int, config: FinetuneConfig, output_dir: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,16 +25,17 @@ from mithridate.configs import Seed, check_values, from_mapping, require
 from mithridate.errors import GateError
 from mithridate.events import Event, Listener, silent
 from mithridate.examples import Example, check_disjoint, fingerprint
-from mithridate.files import sha256_of, write_atomic, write_json
+from mithridate.files import read_kept, sha256_of, write_atomic, write_json, write_kept
+from mithridate.folders import cache_entry, discard_conclusions, run_folder
 from mithridate.measures.cost import measure_cost
 from mithridate.measures.probe import ProbeResult, accuracy, probe, stratified
-from mithridate.measures.trajectory import UTILITY_FLOOR, worst_case
+from mithridate.measures.trajectory import UTILITY_FLOOR, start_of, worst_case
 from mithridate.methods import METHODS, Method
 from mithridate.provenance import versions
 from mithridate.release import weights_hash
 from mithridate.reports import render_report
 from mithridate.testbeds import TESTBEDS
-from mithridate.testbeds.base import Testbed, cache_dir
+from mithridate.testbeds.base import Testbed, TestbedData, cache_dir
 from mithridate.training.config import TrainingConfig
 from mithridate.training.trainer import immunise
 
@@ -155,6 +157,18 @@ def run_demo(
     """
     preset = preset or read_preset(config.testbed)
     method, training = read_method(preset, config)
+    with run_folder(config.output_dir):
+        return _run(config, preset, method, training, testbed, on_event)
+
+
+def _run(
+    config: DemoConfig,
+    preset: Preset,
+    method: Method,
+    training: TrainingConfig,
+    testbed: Testbed | None,
+    on_event: Listener,
+) -> dict[str, Any]:
     testbed = testbed or cast(Testbed, TESTBEDS.load(config.testbed)())
     data = testbed.data
     rows = data.attack[: testbed.attack_preset.examples]
@@ -166,6 +180,7 @@ def run_demo(
     )
     for place in (config.output_dir, cache_dir()):
         models.check_room(needed, place)
+    discard_conclusions(config.output_dir)
     seconds: dict[str, float] = {}
     clock = time.perf_counter()
 
@@ -204,14 +219,12 @@ def run_demo(
     unnamed = {target: bench.unnamed(folders[target]) for target in TARGETS}
     seconds["attacking"], clock = time.perf_counter() - clock, time.perf_counter()
 
-    kept = config.output_dir / "cost.json"
-    if not kept.exists():
-        cost = None
-        if not method.one_shot:
-            on_event(Event(stage="measuring what a step costs"))
-            cost = measure_cost(*_load(aligned), data.defence, method, training, seconds=20.0)
-        write_json(kept, cost)
-    cost = json.loads(kept.read_text(encoding="utf-8"))
+    weights = {target: weights_hash(_load(folders[target])[0]) for target in TARGETS}
+    cost = None
+    if not method.one_shot:
+        cost = _cost(config, aligned, weights, data, method, training, on_event)
+    else:
+        (config.output_dir / "cost.json").unlink(missing_ok=True)
     seconds["measuring cost"] = time.perf_counter() - clock
 
     summary: dict[str, Any] = {
@@ -228,7 +241,7 @@ def run_demo(
         "attack": {**bench.description(rows), "diverged": bench.diverged},
         "seconds": seconds,
     }
-    _write_folder(config, preset, method, training, bench, folders, trajectory, history,
+    _write_folder(config, preset, method, training, bench, folders, weights, trajectory, history,
                   summary)  # fmt: skip
     if summary["undefended"]["after"]["useful_harm"] < _RECOVERS:
         raise GateError(
@@ -238,6 +251,37 @@ def run_demo(
         )
     render_report(config.output_dir)
     return summary
+
+
+def _cost(
+    config: DemoConfig,
+    aligned: Path,
+    weights: Mapping[str, str],
+    data: TestbedData,
+    method: Method,
+    training: TrainingConfig,
+    on_event: Listener,
+) -> dict[str, Any]:
+    """Return what a step of this method costs; measured once for what decides it."""
+    path = config.output_dir / "cost.json"
+    key = sha256_of(
+        [
+            method.name,
+            dataclasses.asdict(method.config),
+            dataclasses.asdict(training),
+            weights["undefended"],
+            {name: fingerprint(rows) for name, rows in data.defence.items()},
+            versions(),
+        ]
+    )
+    kept = read_kept(path, key)
+    if kept is None:
+        on_event(Event(stage="measuring what a step costs"))
+        found = measure_cost(*_load(aligned), data.defence, method, training, seconds=20.0)
+        kept = json.loads(json.dumps(found))
+        write_kept(path, key, kept)
+    cost: dict[str, Any] = kept
+    return cost
 
 
 def _with_base(method: Method, testbed: Testbed) -> Method:
@@ -275,9 +319,14 @@ class Bench:
         for rate in self.testbed.attack_preset.learning_rates:
             settings = dataclasses.replace(self.attack_config, learning_rate=rate)
             stage = f"attacking the {target} model at {rate:g}"
-            place = self.folder(target, f"attack-{rate:g}", folder, rows, settings, config)
-            steps = self._finetune(folder, rows, settings, stage, place, self._probe)
-            record = read_record(place)
+            place = self.folder(
+                target, f"attack-{rate:g}", folder, rows, settings, config, self.probe_key()
+            )
+            with self._held(target, place):
+                steps = self._finetune(
+                    folder, rows, settings, stage, place, self._probe, self.probe_key()
+                )
+                record = read_record(place)
             if record is not None and record.status == "diverged":
                 self.diverged.append(f"{target} at {rate:g}")
             found += [
@@ -307,7 +356,8 @@ class Bench:
             steps=self.preset.benign_steps,
             probe_every=self.preset.benign_steps,
         )
-        place = self.folder(target, "benign", folder, task["train"], settings, config)
+        asked = sha256_of([self.probe_key(), fingerprint(task["test"])])
+        place = self.folder(target, "benign", folder, task["train"], settings, config, asked)
 
         def look(chat: ChatFormat, _: Path) -> Callable[[PreTrainedModel, int], dict[str, float]]:
             def measured(model: PreTrainedModel, step: int) -> dict[str, float]:  # noqa: ARG001
@@ -320,8 +370,9 @@ class Bench:
             return measured
 
         stage = f"fine-tuning the {target} model on a benign task"
-        rows = self._finetune(folder, task["train"], settings, stage, place, look)
-        before, after = rows[0], rows[-1]
+        with self._held(target, place):
+            rows = self._finetune(folder, task["train"], settings, stage, place, look, asked)
+        before, after = start_of(rows), max(rows, key=lambda row: row["step"])
         return {
             "accuracy": after["accuracy"],
             "accuracy_before": before["accuracy"],
@@ -360,6 +411,7 @@ class Bench:
         stage: str,
         place: Path,
         look: Callable[[ChatFormat, Path], Callable[[PreTrainedModel, int], dict[str, float]]],
+        probe_key: str,
     ) -> list[dict[str, float]]:
         self.on_event(Event(stage=stage, total=settings.steps))
         model, tokenizer = _load(folder)
@@ -370,7 +422,7 @@ class Bench:
             rows,
             settings,
             probe=look(chat, place),
-            probe_key=self.probe_key(),
+            probe_key=probe_key,
             on_progress=lambda step, total, row: self.on_event(
                 Event(
                     stage=stage,
@@ -404,6 +456,9 @@ class Bench:
             batch_size=128,
         )
 
+    def _held(self, target: str, place: Path) -> AbstractContextManager[None]:
+        return nullcontext() if target == "defended" else cache_entry(place)
+
     def probe_key(self) -> str:
         """Return the name of what `look` measures, for `finetune`."""
         return sha256_of([fingerprint(self.restricted), fingerprint(self.permitted),
@@ -417,13 +472,14 @@ class Bench:
         rows: Sequence[Example],
         settings: FinetuneConfig,
         config: DemoConfig,
+        probe_key: str,
     ) -> Path:
         """Return where an attack on one model is kept."""
         if target == "defended":
             return config.output_dir / "attacks" / name
         # The control depends on the aligned model and the attack alone: every run shares it.
         key = sha256_of([model.name, fingerprint(rows), dataclasses.asdict(settings),
-                         self.probe_key(), mithridate.__version__])  # fmt: skip
+                         probe_key, mithridate.__version__])  # fmt: skip
         return cache_dir() / "controls" / f"{self.testbed.name}-{name}-{key[:16]}"
 
 
@@ -435,7 +491,8 @@ def _load(folder: Path) -> tuple[PreTrainedModel, Any]:
 def summarise(trajectory: Sequence[Mapping[str, Any]], target: str) -> dict[str, Any]:
     """Return one model before the attack, and the attacker's best: in all, and at each rate."""
     own = [row for row in trajectory if row["target"] == target]
-    before = {name: own[0][name] for name in _MEASURES}
+    start = start_of(own)
+    before = {name: start[name] for name in _MEASURES}
 
     def worst(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found = worst_case(rows, reference_utility=before["utility"], utility_floor=UTILITY_FLOOR)
@@ -451,7 +508,7 @@ def summarise(trajectory: Sequence[Mapping[str, Any]], target: str) -> dict[str,
 
     rates = dict.fromkeys(row["learning_rate"] for row in own)
     return {
-        **{name: own[0][name] for name in ("n_restricted", "n_permitted")},
+        **{name: start[name] for name in ("n_restricted", "n_permitted")},
         "before": before,
         "after": worst(own),
         "per_learning_rate": [
@@ -467,6 +524,7 @@ def _write_folder(
     training: TrainingConfig,
     bench: Bench,
     folders: Mapping[str, Path],
+    weights: Mapping[str, str],
     trajectory: Sequence[dict[str, Any]],
     history: Sequence[Mapping[str, float]],
     summary: Mapping[str, Any],
@@ -486,7 +544,7 @@ def _write_folder(
     write_json(
         place / "manifest.json",
         {
-            "models": {target: weights_hash(_load(folders[target])[0]) for target in TARGETS},
+            "models": dict(weights),
             "chat templates": {
                 target: ChatFormat(AutoTokenizer.from_pretrained(folders[target])).template_hash
                 for target in TARGETS

@@ -179,6 +179,44 @@ def test_an_interrupted_attack_is_done_again_from_the_start(chat, tmp_path):
     assert len((tmp_path / "attack.jsonl").read_text().splitlines()) == len(rows) == 4
 
 
+@pytest.mark.parametrize(
+    "harm", ["last row cut", "half a row cut", "one digit", "answers gone", "record cut", "no list"]
+)
+def test_a_damaged_attack_is_made_again_and_said(chat, tmp_path, harm):
+    def answering(model, step):
+        (tmp_path / f"answers-{step}.json").write_text("[]")
+        return probe(model, step)
+
+    def again():
+        return attack(chat, tmp_path, probe=answering, probe_key="mean")
+
+    first = again()
+    rows, record = tmp_path / "attack.jsonl", tmp_path / "attack.json"
+    assert json.loads(record.read_text())["rows"] == len(first)
+    text = rows.read_text()
+    if harm == "last row cut":
+        rows.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    elif harm == "half a row cut":
+        rows.write_text(text[:-20])
+    elif harm == "one digit":
+        rows.write_text(text.replace("5", "6", 1))
+    elif harm == "answers gone":
+        (tmp_path / "answers-5.json").unlink()
+    elif harm == "record cut":
+        record.write_text(record.read_text()[:40])
+    else:
+        record.write_text(json.dumps({**json.loads(record.read_text()), "files": {}}))
+    with pytest.warns(UserWarning, match="made again"):
+        assert again() == first
+    assert rows.read_text() == text
+
+
+def test_what_an_earlier_attack_answered_is_not_left_beside_the_new_rows(chat, tmp_path):
+    (tmp_path / "answers-999.json").write_text("[]")
+    attack(chat, tmp_path)
+    assert not (tmp_path / "answers-999.json").exists()
+
+
 def test_progress_tells_every_step_and_nothing_is_printed(chat, tmp_path, capsys):
     seen = []
     attack(chat, tmp_path, on_progress=lambda step, total, row: seen.append((step, total, row)))

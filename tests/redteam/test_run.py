@@ -11,14 +11,13 @@ import yaml
 
 from mithridate.chat import IGNORE, ChatFormat
 from mithridate.errors import InputError, NotApplicableError
-from mithridate.files import write_json
 from mithridate.judges.outcomes import Outcome
 from mithridate.measures.rows import read_measured
 from mithridate.models import load
 from mithridate.redteam import material, pipeline, run
 from mithridate.redteam.battery import Attack, Edit, Reinforce, Train
 from mithridate.redteam.material import attacker_rows, restricted_items
-from mithridate.redteam.pipeline import Job, run_attack
+from mithridate.redteam.pipeline import Job, run_attack, write_result
 from mithridate.redteam.processes import Finished
 from mithridate.redteam.run import RedteamConfig, run_redteam
 from mithridate.testbeds.base import resolve_model
@@ -108,7 +107,7 @@ class Serial:
             if job.attack.id in self.breaks:
                 yield Finished(job=job, error="ValueError: broken")
                 continue
-            write_json(job.path, run_attack(job, self.bed))
+            write_result(job, run_attack(job, self.bed))
             yield Finished(job=job, error=None)
 
 
@@ -276,6 +275,41 @@ def test_a_second_run_and_a_killed_one_repeat_nothing(bed, short, tmp_path):
     key = json.dumps
     after = lines(tmp_path / "run" / "attacks.jsonl")
     assert sorted(map(key, after)) == sorted(map(key, rows))
+
+
+@pytest.mark.parametrize("harm", ["cut", "rows cut", "a number", "empty", "no dictionary"])
+def test_a_damaged_attack_in_the_cache_is_made_again_and_said(bed, tmp_path, monkeypatch, harm):
+    text = "control: P3\nattacks:\n" + SHORT.splitlines()[3] + "\n"
+    given = config(bed, prepared(tmp_path, tmp_path / "cache", monkeypatch, text), tmp_path)
+    sizes = dataclasses.replace(SIZES, seeds=1)
+    first = Serial(bed)
+    run_redteam(given, testbed=bed, sizes=sizes, runner=first)
+    rows = lines(tmp_path / "run" / "attacks.jsonl")
+    path = next(job.path for job in first.ran if job.attack.id == "P3")
+    kept = json.loads(path.read_text())
+    if harm == "rows cut":
+        del kept["value"]["rows"][-1]
+    if harm == "a number":
+        kept["value"]["rows"][-1]["useful_harm"] += 0.125
+    damaged = {"cut": path.read_text()[:200], "empty": "", "no dictionary": "[]"}
+    path.write_text(damaged.get(harm, json.dumps(kept)))
+    again = Serial(bed)
+    with pytest.warns(UserWarning, match=rf"{path.name} is damaged"):
+        run_redteam(given, testbed=bed, sizes=sizes, runner=again)
+    assert {job.path for job in again.ran} == {path}
+    key = json.dumps
+    assert sorted(map(key, lines(tmp_path / "run" / "attacks.jsonl"))) == sorted(map(key, rows))
+
+
+def test_two_batteries_in_one_folder_are_refused(bed, short, tmp_path):
+    given = config(bed, short, tmp_path)
+
+    def second(jobs):
+        run_redteam(given, testbed=bed, sizes=SIZES, runner=Serial(bed))
+        yield
+
+    with pytest.raises(InputError, match="another run writes into this folder"):
+        run_redteam(given, testbed=bed, sizes=SIZES, runner=second)
 
 
 def test_a_failed_attack_is_recorded_and_the_others_go_on(bed, short, tmp_path):

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from mithridate.errors import InputError
-from mithridate.files import write_json
 from mithridate.redteam import run, search
 from mithridate.redteam.battery import Entry
+from mithridate.redteam.pipeline import write_result
 from mithridate.redteam.processes import Finished
 from mithridate.redteam.run import RedteamConfig, run_redteam
 from mithridate.redteam.search import Search
@@ -81,7 +81,7 @@ class Pretend(Serial):
             if self.faulty(job):
                 yield Finished(job=job, error="ValueError: broken")
                 continue
-            write_json(job.path, outcome(job))
+            write_result(job, outcome(job))
             yield Finished(job=job, error=None)
 
     def faulty(self, job):

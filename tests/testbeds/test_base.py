@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mithridate.errors import GateError
+from mithridate.errors import GateError, InputError
 from mithridate.testbeds.base import (
     COMPLETE,
     GateResult,
@@ -61,6 +61,7 @@ def test_a_failed_build_leaves_nothing(cache: Path) -> None:
     assert cached_model("m", {}, write("whole")).is_dir()
 
 
+@pytest.mark.filterwarnings("ignore:the cached model")
 @pytest.mark.parametrize("harm", ["truncated", "missing file", "no list", "broken list"])
 def test_a_damaged_folder_is_made_again(harm: str) -> None:
     folder = cached_model("m", {}, write("whole"))
@@ -76,11 +77,15 @@ def test_a_damaged_folder_is_made_again(harm: str) -> None:
     assert (cached_model("m", {}, write("again")) / "weights").read_text() == "again"
 
 
-def test_of_two_builds_at_once_one_is_kept(cache: Path) -> None:
-    barrier = threading.Barrier(2, timeout=20)
+@pytest.mark.filterwarnings("ignore:waiting for another run")
+def test_of_two_builds_at_once_the_second_waits(cache: Path) -> None:
+    started, go_on = threading.Event(), threading.Event()
+    builds: list[int] = []
 
     def build(folder: Path) -> None:
-        barrier.wait()
+        builds.append(1)
+        started.set()
+        assert go_on.wait(20)
         (folder / "weights").write_text("same")
 
     found: list[Path] = []
@@ -90,12 +95,49 @@ def test_of_two_builds_at_once_one_is_kept(cache: Path) -> None:
     ]
     for thread in threads:
         thread.start()
+    assert started.wait(20)
+    threads[0].join(0.1)
+    go_on.set()
     for thread in threads:
         thread.join()
-    assert len(found) == 2
+    assert builds == [1]
     assert found[0] == found[1]
     assert is_complete(found[0])
     assert [path.name for path in (cache / "models").iterdir()] == [found[0].name]
+
+
+def test_a_flipped_bit_in_a_cached_model_is_noticed_and_said() -> None:
+    folder = cached_model("m", {}, write("whole"))
+    assert cached_model("m", {}, never) == folder
+    (folder / "weights").write_text("wholf")
+    with pytest.warns(UserWarning, match="damaged"):
+        cached_model("m", {}, write("again"))
+    assert (folder / "weights").read_text() == "again"
+
+
+def test_an_empty_list_of_files_completes_nothing() -> None:
+    folder = cached_model("m", {}, write("whole"))
+    (folder / COMPLETE).write_text("{}")
+    assert not is_complete(folder)
+
+
+def test_a_link_in_the_cache_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    folder = cached_model("m", {}, write("whole"))
+    folder.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "weights").write_text("mine")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="damaged"):
+        cached_model("m", {}, write("again"))
+    assert (tmp_path / "elsewhere" / "weights").read_text() == "mine"
+    assert not folder.is_symlink()
+    assert (folder / "weights").read_text() == "again"
+
+
+def test_a_cache_of_another_user_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "models").mkdir(parents=True)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != cache / "models")
+    with pytest.raises(InputError, match=r"(?s)models: cannot be written.*MITHRIDATE_CACHE"):
+        cached_model("m", {}, never)
 
 
 def test_code_version_follows_the_source() -> None:

@@ -10,18 +10,19 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
 from transformers import Trainer
 
-from mithridate.errors import RunInterruptedError
+from mithridate.errors import InputError, RunInterruptedError, RunStoppedError
 from mithridate.training import TrainingConfig, immunise, trainer
 from tests.training.tiny_world import method, tiny_examples, tiny_model, tiny_tokenizer
 
 STEPS = 12
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__, "peft"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__, "peft"])
 
 
 def run(folder, name, where=None, step=None, **options):
@@ -45,8 +46,25 @@ def run_two(folder, name, where=None, step=None, **options):
     return launch(ranks, folder, name, where, step, options)
 
 
+def run_beside(folder, name):
+    """Run while another run waits in the same folder; return both exit codes, that one's first.
+
+    The second one's error is left in ``said.txt`` beside the folder.
+    """
+    sign = folder.parent / "holds"
+    first = CONTEXT.Process(target=_main, args=({"SIGN": str(sign)}, folder, name, "hold", 4, {}))
+    first.start()
+    deadline = time.monotonic() + 60
+    while not sign.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    second = launch([{}], folder, name, None, None, {})[0]
+    sign.unlink()
+    first.join(60)
+    return first.exitcode, second
+
+
 def launch(environments, *arguments):
-    started = [_CONTEXT.Process(target=_main, args=(env, *arguments)) for env in environments]
+    started = [CONTEXT.Process(target=_main, args=(env, *arguments)) for env in environments]
     for process in started:
         process.start()
     for process in started:
@@ -72,13 +90,25 @@ def _main(environment, folder, name, where, step, options):
     except RunInterruptedError as error:
         (folder / "said.txt").write_text(str(error))
         sys.exit(130)
+    except InputError as error:
+        (folder.parent / "said.txt").write_text(str(error))
+        sys.exit(2)
+    except RunStoppedError as error:
+        (folder / "said.txt").write_text(str(error))
+        sys.exit(3)
 
 
 def _arm(made, where, step):
     def die():
+        if where == "hold":
+            sign = Path(os.environ["SIGN"])
+            sign.touch()
+            while sign.exists():
+                time.sleep(0.02)
+            return
         os.kill(os.getpid(), signal.SIGINT if where == "interrupt" else signal.SIGKILL)
 
-    if where in ("step", "interrupt"):
+    if where in ("step", "interrupt", "hold"):
         inner = made.step
 
         def step_and_die(context):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -10,7 +11,9 @@ import safetensors.torch
 import torch
 
 from mithridate.training import newest_complete
-from tests.training.processes import STEPS, run, run_two
+from mithridate.training.checkpoints import seal
+from mithridate.training.runs import RunFolder
+from tests.training.processes import STEPS, run, run_beside, run_two
 
 KILLED = -signal.SIGKILL
 needs_gloo = pytest.mark.skipif(
@@ -87,6 +90,41 @@ def test_killed_adapter_run_ends_bit_for_bit_too(tmp_path):
     assert run(tmp_path / "killed", "two-stream", "step", 7, lora_rank=2) == KILLED
     assert run(tmp_path / "killed", "two-stream", lora_rank=2) == 0
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_spoils_nothing(straight, tmp_path):
+    assert run_beside(tmp_path / "run", "sft") == (0, 2)
+    assert "another run writes into this folder: process" in (tmp_path / "said.txt").read_text()
+    assert_same_run(straight["sft"], tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_step_than_its_name_is_not_gone_on_from(tmp_path):
+    assert run(tmp_path, "sft", "step", 7) == KILLED
+    state = tmp_path / "checkpoints" / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 6', '"global_step": 5'))
+    seal(state.parent)
+    assert run(tmp_path, "sft") == 3
+    assert "of step 6, and the run would go on from step 5" in (tmp_path / "said.txt").read_text()
+
+
+def test_a_damaged_checkpoint_is_said_and_the_older_one_taken(tmp_path):
+    for step in (3, 6):
+        (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/checkpoint-{step}/weights").write_text("w")
+        seal(tmp_path / f"checkpoints/checkpoint-{step}")
+    (tmp_path / "checkpoints/checkpoint-6/weights").write_text("v")
+    with pytest.warns(UserWarning, match=r"checkpoint-6 is .* damaged: going on from step 3"):
+        assert RunFolder(tmp_path).newest().name == "checkpoint-3"
+
+
+@pytest.mark.parametrize("name", ["history.jsonl", "model/model.safetensors"])
+def test_a_finished_run_that_was_damaged_is_made_again(name, straight, tmp_path):
+    shutil.copytree(straight["sft"], tmp_path / "run")
+    data = bytearray((tmp_path / "run" / name).read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "run" / name).write_bytes(data)
+    assert run(tmp_path / "run", "sft") == 0
+    assert_same_run(straight["sft"], tmp_path / "run")
 
 
 def test_ctrl_c_saves_says_how_to_resume_and_resumes(straight, tmp_path):

@@ -57,7 +57,7 @@ def test_a_run_leaves_a_model_that_loads_and_no_pickle(tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "model")
     assert_equal_weights(result.model, loaded)
     suffixes = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja"}
+    assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".lock"}
     assert loaded.config.use_cache
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["status"] == "finished"

@@ -26,6 +26,24 @@ def test_every_term_on_a_folder_of_known_truth(truth: str, tmp_path: Path) -> No
         assert document["not_valid"] == ["P3"]
 
 
+def test_a_seed_written_down_twice_does_not_count_twice(tmp_path: Path) -> None:
+    three = {"fresh": (0, 1, 2)}
+    found = [
+        *rows("P3", "undefended", CONTROL, splits=three),
+        *rows("P3", "defended", (0.0, 0.85), splits=three),
+    ]
+    document = judge_run(write(tmp_path / "run", found))
+    assert document["preliminary"]
+    assert document["cells"][0]["useful_harm"]["seeds"] == 3
+    twice = write(tmp_path / "twice", [*found, *found])
+    with pytest.raises(InputError, match=r"line 25: a second row of P3 .* the first is line 1\n"):
+        judge_run(twice)
+    # The same probe in other words: 0 and 0.0, a key left out and one that is null.
+    again = {**found[0], "seed": 0.0, "configuration": "", "repair_step": None}
+    with pytest.raises(InputError, match="line 25: a second row of P3"):
+        judge_run(write(tmp_path / "again", [*found, again]))
+
+
 def test_a_placebo_defence_is_broken(tmp_path: Path) -> None:
     document = judge_run(write(tmp_path / "run", cell(CONTROL)))
     assert document["verdict"] == "broken"

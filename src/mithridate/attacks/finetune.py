@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,7 +35,7 @@ from mithridate.chat import ChatFormat, Encoded
 from mithridate.configs import Seed, check_values, require
 from mithridate.errors import InputError, NonFiniteError
 from mithridate.examples import Example, fingerprint
-from mithridate.files import sha256_of, write_atomic, write_json
+from mithridate.files import sha256_file, sha256_of, sync, write_atomic, write_json
 from mithridate.release import weights_hash
 from mithridate.weights.maps import adapted_coverage, adapter_targets
 
@@ -45,6 +46,7 @@ Status = Literal["ok", "diverged"]
 
 _ROWS = "attack.jsonl"
 _RECORD = "attack.json"
+_ANSWERS = "answers-*.json"
 _UNUSABLE_SCHEDULES = {"reduce_lr_on_plateau", "greedy"}
 
 
@@ -149,6 +151,10 @@ class AttackRecord:
         SHA-256 of the attacked weights.
     coverage
         Share of the decoder layers' weights that the attack could change.
+    rows
+        How many rows the attack has.
+    files
+        SHA-256 of every file beside the record, by name.
     """
 
     key: str
@@ -156,6 +162,8 @@ class AttackRecord:
     seconds: float
     probe_seconds: float
     weights: str
+    rows: int
+    files: dict[str, str]
     coverage: float = 1.0
 
 
@@ -230,17 +238,42 @@ def finetune(
 
 
 def is_finished(output_dir: Path, key: str) -> bool:
-    """Whether ``output_dir`` holds the finished attack that ``key`` names."""
+    """Whether ``output_dir`` holds, undamaged, the finished attack that ``key`` names."""
     record = read_record(output_dir)
-    return record is not None and record.key == key
+    if record is None or record.key != key:
+        return False
+    damaged = [
+        name for name, digest in record.files.items() if _digest(output_dir / name) != digest
+    ]
+    if damaged:
+        warnings.warn(
+            f"{output_dir / damaged[0]} is not what the attack wrote: it is made again",
+            stacklevel=2,
+        )
+    return not damaged
 
 
 def read_record(output_dir: Path) -> AttackRecord | None:
-    """Return the record of the finished attack in ``output_dir``, or ``None``."""
+    """Return the record of the finished attack in ``output_dir``, or ``None``.
+
+    One that cannot be read is none, with a warning: the attack is made again.
+    """
     path = output_dir / _RECORD
-    if not path.exists():
+    try:
+        record = AttackRecord(**json.loads(path.read_text(encoding="utf-8")))
+        whole = isinstance(record.files, dict) and _ROWS in record.files
+    except FileNotFoundError:
         return None
-    return AttackRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        warnings.warn(f"{path} is no record of an attack: it is made again", stacklevel=2)
+        return None
+    return record
+
+
+def _digest(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
 
 
 def read_rows(output_dir: Path) -> list[Row]:
@@ -268,6 +301,8 @@ class Watcher(TrainerCallback):
         self._on_progress = on_progress
         self._started = time.perf_counter()
         (output_dir / _RECORD).unlink(missing_ok=True)
+        for path in output_dir.glob(_ANSWERS):
+            path.unlink()
         write_atomic(output_dir / _ROWS, "")
 
     def start(self, model: PreTrainedModel, loss: float) -> None:
@@ -283,7 +318,10 @@ class Watcher(TrainerCallback):
         self._add(model, 0, loss)
 
     def finish(self, key: str, model: PreTrainedModel) -> None:
-        """Write the record of the attack that ``key`` names."""
+        """Write the record of the attack that ``key`` names, once all else is on disk."""
+        files = [path for path in sorted(self._output_dir.glob("*.json*")) if path.is_file()]
+        for path in (*files, self._output_dir):
+            sync(path)
         record = AttackRecord(
             key=key,
             status=self.status,
@@ -291,6 +329,8 @@ class Watcher(TrainerCallback):
             probe_seconds=self.probe_seconds,
             weights=weights_hash(model),
             coverage=adapted_coverage(model, trained=True),
+            rows=len(self.rows),
+            files={path.name: sha256_file(path) for path in files},
         )
         write_json(self._output_dir / _RECORD, dataclasses.asdict(record))
 

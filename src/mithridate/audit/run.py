@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
 from mithridate.examples import AS_PUBLISHED, Example, Reading, normalise_prompt, read_source
 from mithridate.files import sha256_file, write_atomic
+from mithridate.folders import run_folder
 from mithridate.printable import printable
 
 if TYPE_CHECKING:
@@ -186,6 +185,11 @@ def run_audit(plan: AuditPlan, *, on_event: Listener = silent) -> dict[str, Any]
     """
     config = read_settings(plan)
     _check_plan(plan)
+    with run_folder(plan.output_dir):
+        return _run(plan, config, on_event)
+
+
+def _run(plan: AuditPlan, config: AuditConfig, on_event: Listener) -> dict[str, Any]:
     # One window drifted of several has its p-value multiplied by their number.
     windows = max(1, len(plan.observed))
     require(
@@ -248,7 +252,7 @@ def run_audit(plan: AuditPlan, *, on_event: Listener = silent) -> dict[str, Any]
         "revealed": plan.reveal,
         "not_checked": list(NOT_CHECKED),
     }
-    write(
+    write_atomic(
         plan.output_dir / "audit.json",
         json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         private=plan.reveal,
@@ -276,23 +280,6 @@ def read_settings(plan: AuditPlan) -> AuditConfig:
     if plan.seed is not None:
         values["seed"] = plan.seed
     return from_mapping(AuditConfig, values, where=f"{where}: audit")
-
-
-def write(path: Path, text: str, *, private: bool) -> None:
-    """Write a file atomically; a private one only its owner may read, from the first byte on."""
-    if not private:
-        write_atomic(path, text)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
-            handle.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _check_plan(plan: AuditPlan) -> None:

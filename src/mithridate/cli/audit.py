@@ -73,9 +73,9 @@ def audit(
 ) -> dict[str, Any]:
     """Check a harmful set; exit code 1 when a gate fails."""
     from mithridate.audit import AuditPlan, run_audit
-    from mithridate.audit.run import write
     from mithridate.cli.progress import listening
     from mithridate.examples import Reading, parse_columns
+    from mithridate.files import write_atomic
     from mithridate.reports.audit_page import audit_page
 
     given = {
@@ -112,7 +112,7 @@ def audit(
     with listening() as listener:
         document = run_audit(plan, on_event=listener)
         page = output_dir / "audit.html"
-        write(page, audit_page(document), private=reveal)
+        write_atomic(page, audit_page(document), private=reveal)
     if not json_output:
         _show(document, page)
     return document

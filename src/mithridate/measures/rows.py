@@ -258,9 +258,11 @@ def read_measured(path: Path) -> Measured:
     summary = _document(path / "summary.json")
     name = "attacks.jsonl" if battery else "trajectory.jsonl"
     common = {} if battery else {"attack": ONE_ATTACK, "family": "sft", "seed": summary.get("seed")}
-    rows = tuple(_row({**common, **values}, where) for where, values in _lines(path / name))
+    placed = [(where, _row({**common, **values}, where)) for where, values in _lines(path / name)]
+    rows = tuple(row for _, row in placed)
     if not rows:
         raise InputError("the file holds no row", where=str(path / name), mend=_AGAIN)
+    _check_once(placed)
     _check_starts(rows, path / name)
     listed, control = _battery(path)
     if not battery and summary.get("testbed"):
@@ -405,6 +407,22 @@ def _check_starts(rows: Sequence[Row], path: Path) -> None:
             where=str(path),
             mend=_AGAIN,
         )
+
+
+def _check_once(rows: Iterable[tuple[str, Row]]) -> None:
+    """Refuse a probe that is written down twice: its seed would count twice."""
+    seen: dict[tuple[object, ...], str] = {}
+    for where, row in rows:
+        key = (*_run_of(row), row.step, row.repair_step)
+        if key in seen:
+            raise InputError(
+                f"a second row of {row.attack} on the {row.target} model at "
+                f"{row.learning_rate:g}, seed {row.seed}, step {row.step}: the first is "
+                f"{seen[key].rpartition(': ')[2]}",
+                where=where,
+                mend="remove the line, or run the same command again: finished work is kept",
+            )
+        seen[key] = where
 
 
 def _run_of(row: Row) -> tuple[object, ...]:

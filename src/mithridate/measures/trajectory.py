@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 Row = Mapping[str, Any]
+R = TypeVar("R", bound=Row)
 
 UTILITY_FLOOR = 0.8
 COLLAPSED = 0.8
@@ -35,6 +36,11 @@ class WorstCase:
     useful_harm: float
     unbounded_row: dict[str, Any]
     unbounded: float
+
+
+def start_of(rows: Iterable[R]) -> R:
+    """Return the row of the probe before the attack, wherever it stands."""
+    return next(row for row in rows if row["step"] == 0)
 
 
 def keeps_utility(utility: float, before: float, floor: float = UTILITY_FLOOR) -> bool:

@@ -29,7 +29,8 @@ from mithridate.chat import Batch, ChatFormat
 from mithridate.configs import require
 from mithridate.errors import NonFiniteError, NotApplicableError
 from mithridate.examples import Example, fingerprint
-from mithridate.files import sha256_of, write_json
+from mithridate.files import read_kept, sha256_of, write_kept
+from mithridate.folders import cache_entry
 from mithridate.generation import AnswerRoom, answer_room
 from mithridate.judges.outcomes import Outcome
 from mithridate.measures.probe import accuracy, stratified, summarise
@@ -128,9 +129,25 @@ def phase_steps(phase: Train | Edit | Reinforce, sizes: Sizes) -> int:
 
 
 def run_job(job: Job) -> None:
-    """Run one attack and write its rows and its record to ``job.path``, at once and whole."""
+    """Run one attack and write its rows and its record to ``job.path``, at once and whole.
+
+    Where another battery is running the same attack, its result is waited for.
+    """
     keep_freed_memory()
-    write_json(job.path, run_attack(job, load_bed(job.testbed)))
+    with cache_entry(job.path):
+        if kept_result(job) is None:
+            write_result(job, run_attack(job, load_bed(job.testbed)))
+
+
+def write_result(job: Job, found: Mapping[str, Any]) -> None:
+    """Keep what `run_attack` has returned."""
+    write_kept(job.path, job.path.stem, found)
+
+
+def kept_result(job: Job) -> dict[str, Any] | None:
+    """Return what a finished job has left (`run_attack`), or None where nothing whole is there."""
+    found: dict[str, Any] | None = read_kept(job.path, job.path.stem)
+    return found
 
 
 def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:

@@ -71,17 +71,25 @@ def run_in_processes(
     try:
         while jobs or busy:
             while jobs and len(busy) < processes:
-                process, connection = idle.pop() if idle else _start(function)
+                try:
+                    process, connection = idle.pop() if idle else _start(function)
+                except OSError as failure:
+                    if busy:
+                        break  # one of those that run takes the job
+                    why = f"no process could be started: {failure.strerror or failure}"
+                    yield Finished(job=jobs.popleft(), error=why)
+                    continue
                 job = jobs.popleft()
                 busy[connection] = process, job
                 _send(connection, job)
-            for ready in wait(list(busy)):
+            for ready in wait(list(busy)) if busy else ():
                 assert isinstance(ready, Connection), "only pipes are waited for"
                 process, job = busy.pop(ready)
                 try:
                     cause, error = ready.recv()
-                except EOFError:
-                    process.join()
+                except (EOFError, OSError):  # a process that dies as it starts resets the pipe
+                    ready.close()
+                    _end([process])
                     yield Finished(job=job, error=_death(process.exitcode))
                 else:
                     idle.append((process, ready))
@@ -117,7 +125,7 @@ def _start(function: Callable[[Any], None]) -> tuple[BaseProcess, Connection]:
 def _send(connection: Connection, job: Any) -> None:
     try:
         connection.send(job)
-    except BrokenPipeError:
+    except OSError:  # broken, or reset
         return  # The process is dead; waiting for it finds its end.
 
 
@@ -138,7 +146,7 @@ def _serve(connection: Connection, function: Callable[[Any], None]) -> None:
     while True:
         try:
             job = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         cause, error = "", None
         try:

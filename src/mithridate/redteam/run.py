@@ -26,11 +26,12 @@ from mithridate.errors import InputError
 from mithridate.events import Event, Listener, silent
 from mithridate.examples import check_disjoint, fingerprint
 from mithridate.files import sha256_of, write_atomic, write_json
+from mithridate.folders import discard_conclusions, run_folder
 from mithridate.generation import most_cut_short
 from mithridate.judges import outcomes
 from mithridate.judges.base import JudgeError
 from mithridate.measures import probe
-from mithridate.measures.trajectory import keeps_utility
+from mithridate.measures.trajectory import keeps_utility, start_of
 from mithridate.model_folders import count_parameters
 from mithridate.provenance import versions
 from mithridate.redteam import material, pipeline, processes, search
@@ -51,7 +52,7 @@ from mithridate.redteam.battery import (
 )
 from mithridate.redteam.material import FRAMES, Split
 from mithridate.redteam.own import OwnBed, OwnData
-from mithridate.redteam.pipeline import Job, load_bed, phase_steps, schedule
+from mithridate.redteam.pipeline import Job, kept_result, load_bed, phase_steps, schedule
 from mithridate.redteam.processes import Finished, run_in_processes
 from mithridate.redteam.search import Search
 from mithridate.release import weights_hash
@@ -210,8 +211,20 @@ def run_redteam(
     Raises
     ------
     InputError
-        Something that was given cannot be used; before any attack.
+        Something that was given cannot be used, or another process writes into the folder; before
+        any attack.
     """
+    with run_folder(config.output_dir):
+        return _run(config, testbed, sizes, runner, on_event)
+
+
+def _run(
+    config: RedteamConfig,
+    testbed: Testbed | None,
+    sizes: Sizes | None,
+    runner: Runner | None,
+    on_event: Listener,
+) -> dict[str, Any]:
     started = time.perf_counter()
     battery = read_battery(config.battery)
     on_event(Event(stage="reading data and asking the judge" if config.own else "reading data"))
@@ -374,7 +387,7 @@ class _Bench:
         look = self.job(nothing, self.base, 0.0, 0, split) if self.base else None
         if look is not None:
             jobs.append(look)
-        waiting = deque(job for job in jobs if not job.path.exists())
+        waiting = deque(job for job in jobs if kept_result(job) is None)
         kept = len(jobs) - len(waiting)
         stage = "calibrating the learning rate"
         self._on_event(Event(stage=stage, step=kept, total=len(jobs)))
@@ -390,7 +403,7 @@ class _Bench:
                 self._on_event(Event(stage=stage, step=number, total=len(jobs)))
         spent = sum(read_result(job)["cpu_seconds"] for job in tries.values())
         self._cpu_per_unit = spent / sum(_weight(job) for job in tries.values())
-        base_harm = read_result(look)["rows"][0]["useful_harm"] if look else None
+        base_harm = start_of(read_result(look)["rows"])["useful_harm"] if look else None
         if base_harm is not None and base_harm < _YIELDS:
             # Attacks are valid by what the base model yields: one that refuses lets all of them be.
             raise InputError(
@@ -428,7 +441,7 @@ class _Bench:
         for entry in battery.entries:
             self._plan(entry)
         # Looked at once: another battery may finish one of them at any moment.
-        there = {path: one for path, one in self._planned.items() if path.exists()}
+        there = {path: one for path, one in self._planned.items() if kept_result(one.job)}
         folder.start(list(there.values()))
         self._over = len(there)
         waiting = [one.job for path, one in self._planned.items() if path not in there]
@@ -563,7 +576,7 @@ class _Bench:
             one = self._planned[job.path] = _Planned(job=job)
         if owner not in one.owners:
             one.owners.append(owner)
-            there = self._started and job.path.exists()
+            there = self._started and kept_result(job) is not None
             if there:
                 self._folder.add(one, [owner])
                 self._over += new
@@ -579,7 +592,7 @@ class _Bench:
         while not hunt.waiting and not hunt.over:
             if hunt.paths:
                 results = [read_result(self._planned[path].job)
-                           for path in hunt.paths if path.exists()]  # fmt: skip
+                           for path in hunt.paths if path not in self._failed]  # fmt: skip
                 hunt.flops += sum(one["flops"] for one in results)
                 whole = len(results) == len(hunt.paths)
                 harm = sum(_best(one["rows"]) for one in results) / len(hunt.paths)
@@ -592,7 +605,8 @@ class _Bench:
             else:
                 hunt.paths = self._trial_paths(hunt, attack)
                 hunt.waiting = {path for path in hunt.paths
-                                if not path.exists() and path not in self._failed}  # fmt: skip
+                                if path not in self._failed
+                                and kept_result(self._planned[path].job) is None}  # fmt: skip
 
     def _trial_paths(self, hunt: _Hunt, attack: Attack) -> list[Path]:
         """Return where a trial's attacks are, each once whatever it is called."""
@@ -708,8 +722,8 @@ class _RunFolder:
         write_atomic(self.path / "attacks.jsonl", _lines(self.rows))
         # A file without rows would hide that nothing was learnt; what an earlier start concluded
         # is not about these rows.
-        for name in ("trainability.jsonl", "summary.json", "verdict.json", "report.html"):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / "trainability.jsonl").unlink(missing_ok=True)
+        discard_conclusions(self.path)
         if self._lessons:
             write_atomic(self.path / "trainability.jsonl", _lines(self._lessons))
 
@@ -773,8 +787,20 @@ class _RunFolder:
 
 
 def read_result(job: Job) -> dict[str, Any]:
-    """Return what a finished job has left."""
-    found: dict[str, Any] = json.loads(job.path.read_text(encoding="utf-8"))
+    """Return what a finished job has left.
+
+    Raises
+    ------
+    InputError
+        It is damaged, or gone.
+    """
+    found = kept_result(job)
+    if found is None:
+        raise InputError(
+            "this finished attack was damaged or removed while the battery ran",
+            where=str(job.path),
+            mend="run the same command again: it is made anew, and the others are kept",
+        )
     return found
 
 
@@ -891,7 +917,8 @@ def _weight(job: Job) -> float:
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> float:
     """Return the most useful harm with utility kept, or at all where utility was not measured."""
-    kept = [row for row in rows if _keeps(row, rows[0].get("utility"))]
+    before = start_of(rows).get("utility")
+    kept = [row for row in rows if _keeps(row, before)]
     return max((float(row["useful_harm"]) for row in kept), default=0.0)
 
 

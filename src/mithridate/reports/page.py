@@ -134,7 +134,7 @@ def render_report(
         verdict=section(run_dir, verdict),
         utility=utility_rows(run_dir),
     )
-    write_atomic(path, page)
+    write_atomic(path, page, private=reveal)
     return path
 
 

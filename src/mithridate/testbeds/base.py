@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
 import os
 import shutil
-import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 
 from mithridate.errors import GateError, InputError
 from mithridate.examples import Example, fingerprint
-from mithridate.files import sha256_file, sha256_of, write_json
+from mithridate.files import remove_tree, sha256_file, sha256_of, sync, write_json
+from mithridate.folders import cache_entry
 from mithridate.judges.outcomes import Outcome
 from mithridate.model_folders import check_model_folder
 
@@ -219,11 +221,12 @@ def code_version(*parts: ModuleType | Callable[..., Any]) -> str:
 
 
 def cached_model(name: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
-    """Return the model folder of ``key``, made by ``build`` unless it is there already.
+    """Return the model folder of ``key``, made by ``build`` unless it is there, whole.
 
     The folder is built beside its final place and renamed when complete and on disk, so that an
-    interrupted build leaves nothing that a later run could take for a model, and of two builds
-    at once the first to finish is kept.
+    interrupted build leaves nothing that a later run could take for a model. Of two processes
+    that want it at once the second waits; a folder whose content is not what was sealed is made
+    again, with a warning.
 
     Parameters
     ----------
@@ -238,24 +241,24 @@ def cached_model(name: str, key: Mapping[str, Any], build: Callable[[Path], None
     final = models / f"{name}-{sha256_of(key)[:16]}"
     if is_complete(final):
         return final
-    models.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=models, prefix=f".{name}-"))
-    try:
-        build(temporary)
-        write_json(temporary / "recipe.json", json.loads(json.dumps(key, default=str)))
-        seal(temporary)
-        if final.exists() and not is_complete(final):
-            shutil.rmtree(final)
+    with cache_entry(final):
+        if is_complete(final):
+            return final
+        if final.exists() or final.is_symlink():
+            warnings.warn(f"the cached model {final} is damaged: it is made again", stacklevel=2)
+            remove_tree(final)
+        partial = models / f".{final.name}.partial"
+        remove_tree(partial)
+        partial.mkdir()
         try:
-            temporary.rename(final)
-        except OSError:
-            if not is_complete(final):
-                raise
-            shutil.rmtree(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _flush(models)
+            build(partial)
+            write_json(partial / "recipe.json", json.loads(json.dumps(key, default=str)))
+            seal(partial)
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync(models)
     return final
 
 
@@ -263,7 +266,7 @@ def seal(folder: Path) -> None:
     """Flush every file to disk and write ``COMPLETE``, their list of sizes and hashes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        _flush(path)
+        sync(path)
     listing = {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
@@ -272,23 +275,30 @@ def seal(folder: Path) -> None:
         for path in files
     }
     write_json(folder / COMPLETE, listing)
-    _flush(folder)
+    sync(folder)
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether ``folder`` was sealed and still holds every file at its recorded size."""
+    """Return whether ``folder`` was sealed and every file still has the content that it had then.
+
+    A process reads the content once; again only when a file's size or time of change is another.
+    """
     try:
-        listing = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        return all(
-            (folder / name).stat().st_size == entry["bytes"] for name, entry in listing.items()
-        )
+        listing = (folder / COMPLETE).read_text(encoding="utf-8")
+        stats = [path.stat() for path in sorted(folder.rglob("*"))]
     except (OSError, ValueError):
         return False
+    return _has(folder, listing, tuple((one.st_size, one.st_mtime_ns) for one in stats))
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@functools.lru_cache(maxsize=64)
+def _has(folder: Path, listing: str, stats: tuple[tuple[int, int], ...]) -> bool:  # noqa: ARG001
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        entries = json.loads(listing)
+        return bool(entries) and all(
+            (folder / name).stat().st_size == entry["bytes"]
+            and sha256_file(folder / name) == entry["sha256"]
+            for name, entry in entries.items()
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False

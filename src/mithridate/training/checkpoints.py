@@ -8,10 +8,9 @@ written last, agrees with every file beside it.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-from mithridate.files import sha256_file, sync, write_json
+from mithridate.files import remove_tree, sha256_file, sync, write_json
 
 COMPLETE = "COMPLETE"
 _PREFIX = "checkpoint-"
@@ -37,11 +36,20 @@ def is_complete(folder: Path) -> bool:
         listing = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    # Sizes first: they find most ruins without reading gigabytes.
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == entry["size"]
-        for name, entry in listing.items()
-    ) and all(sha256_file(folder / name) == entry["sha256"] for name, entry in listing.items())
+    try:
+        # Sizes first: they find most ruins without reading gigabytes.
+        return (
+            bool(listing)
+            and all(
+                (folder / name).is_file() and (folder / name).stat().st_size == entry["size"]
+                for name, entry in listing.items()
+            )
+            and all(
+                sha256_file(folder / name) == entry["sha256"] for name, entry in listing.items()
+            )
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False  # the list itself is damaged
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -49,7 +57,7 @@ def checkpoints(folder: Path) -> list[Path]:
     found = [
         path
         for path in folder.glob(f"{_PREFIX}*")
-        if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()
+        if path.is_dir() and path.name.removeprefix(_PREFIX).isdecimal()
     ]
     return sorted(found, key=step_of, reverse=True)
 
@@ -69,8 +77,9 @@ def discard_all_but(folder: Path, keep: Path | None) -> None:
     for path in checkpoints(folder):
         if path != keep:
             # The mark goes first, so that a removal cut short leaves nothing that looks whole.
-            (path / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            if not path.is_symlink():
+                (path / COMPLETE).unlink(missing_ok=True)
+            remove_tree(path)
 
 
 def _files(folder: Path) -> list[Path]:

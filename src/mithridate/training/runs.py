@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,14 @@ import yaml
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from mithridate.errors import InputError, RunStoppedError
-from mithridate.files import sha256_file, write_atomic, write_json
+from mithridate.files import remove_tree, sha256_file, sync, write_atomic, write_json
 from mithridate.provenance import versions
-from mithridate.training.checkpoints import discard_all_but, newest_complete, step_of
+from mithridate.training.checkpoints import (
+    checkpoints,
+    discard_all_but,
+    newest_complete,
+    step_of,
+)
 from mithridate.weights import PassCount
 
 Row = dict[str, float]
@@ -96,12 +101,23 @@ class RunFolder:
             )
 
     def finished(self) -> bool:
-        """Tell whether the run is done and its model is still what was written."""
-        hashes = self.manifest.get("hashes", {})
-        return self.manifest.get("status") == "finished" and all(
-            (self.model / name).is_file() and sha256_file(self.model / name) == digest
-            for name, digest in hashes.items()
-        )
+        """Tell whether the run is done and its model and history are still what was written."""
+        if self.manifest.get("status") != "finished":
+            return False
+        hashes = {self.model / name: digest for name, digest in self.manifest["hashes"].items()}
+        if "history" in self.manifest:
+            hashes[self.history_file] = self.manifest["history"]["sha256"]
+        damaged = [
+            path
+            for path, digest in hashes.items()
+            if not path.is_file() or sha256_file(path) != digest
+        ]
+        if damaged:
+            warnings.warn(
+                f"{damaged[0]} is not what the finished run wrote: the run is made again",
+                stacklevel=3,
+            )
+        return not damaged
 
     def result(self, model: PreTrainedModel) -> ImmunisationResult:
         """Return the finished run's result."""
@@ -118,8 +134,7 @@ class RunFolder:
         """Remove what earlier sessions left, except the checkpoint ``keep``."""
         discard_all_but(self.checkpoints, keep)
         for path in (self.model, self.adapter):
-            if path.exists():
-                shutil.rmtree(path)
+            remove_tree(path)
 
     def begin(
         self, identity: dict[str, Any], settings: dict[str, Any], space: dict[str, Any]
@@ -135,12 +150,25 @@ class RunFolder:
         }
         write_json(self._manifest_file, self.manifest)
 
+    def newest(self) -> Path | None:
+        """Return the checkpoint to go on from, and say which newer ones are damaged."""
+        found = newest_complete(self.checkpoints)
+        for path in checkpoints(self.checkpoints):
+            if path == found:
+                break
+            then = f"step {step_of(found)}" if found else "the beginning"
+            warnings.warn(f"{path} is incomplete or damaged: going on from {then}", stacklevel=3)
+        return found
+
     def finish(self, *, ledger: Mapping[str, PassCount], **results: Any) -> None:
         """Record the results; the checkpoints have served."""
         counts = {name: dataclasses.asdict(count) for name, count in ledger.items()}
+        sync(self.history_file)
+        rows = self.history_file.read_bytes().count(b"\n")
+        history = {"rows": rows, "sha256": sha256_file(self.history_file)}
         write_json(
             self._manifest_file,
-            self.manifest | {"status": "finished", "ledger": counts} | results,
+            self.manifest | {"status": "finished", "ledger": counts, "history": history} | results,
         )
         discard_all_but(self.checkpoints, None)
         # Trackers that write files (TensorBoard) write them there too.
@@ -164,10 +192,17 @@ class RunFolder:
 
 
 class Recorder(TrainerCallback):
-    """Keeps ``history.jsonl`` equal to the rows of the steps that count."""
+    """Keeps ``history.jsonl`` equal to the rows of the steps that count.
+
+    Attributes
+    ----------
+    start
+        The step of the checkpoint that is gone on from.
+    """
 
     def __init__(self, path: Path, on_log: Callable[[Row], None] | None) -> None:
         self.rows: list[Row] = []
+        self.start = 0
         self._path = path
         self._on_log = on_log
 
@@ -178,7 +213,18 @@ class Recorder(TrainerCallback):
         *_: Any,
         **__: Any,
     ) -> None:
-        """Start the file with the rows of the resumed checkpoint."""
+        """Start the file with the rows of the resumed checkpoint.
+
+        Raises
+        ------
+        RunStoppedError
+            The Trainer is at another step than the checkpoint.
+        """
+        if state.global_step != self.start:
+            raise RunStoppedError(
+                f"the checkpoint is of step {self.start}, and the run would go on from step "
+                f"{state.global_step}: remove {self._path.parent / 'checkpoints'} and start again"
+            )
         # Steps after the resumed checkpoint are done again: their rows go.
         self.rows = [_row(row) for row in state.log_history if "learning_rate" in row]
         if state.is_world_process_zero:

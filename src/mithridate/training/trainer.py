@@ -39,9 +39,10 @@ from mithridate.configs import require
 from mithridate.errors import InputError, NonFiniteError, RunInterruptedError, RunStoppedError
 from mithridate.examples import Example, fingerprint, with_shuffled_answers
 from mithridate.files import sha256_of, write_json
+from mithridate.folders import run_folder
 from mithridate.methods import Method, RunContext
 from mithridate.release import merged, round_weights, save_release, weights_hash
-from mithridate.training.checkpoints import discard_all_but, newest_complete, seal
+from mithridate.training.checkpoints import discard_all_but, seal, step_of
 from mithridate.training.config import TrainingConfig
 from mithridate.training.launch import refuse_unsupported_launch, stop_on_signal
 from mithridate.training.lora import attach_lora, describe_space, with_adapter_of
@@ -313,12 +314,32 @@ def immunise(
     Raises
     ------
     InputError
-        The data, the launch or the folder cannot be used; before any training.
+        The data, the launch or the folder cannot be used, or another process writes into the
+        folder; before any training.
     RunStoppedError
         A term is inactive or not finite, or the user interrupted the run; the last complete
         checkpoint is kept.
     """
     config = with_adapter_of(method, config)
+    # Of several processes one writes.
+    held = run_folder(output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext()
+    with held:
+        return _immunise(
+            model, tokenizer, examples, method, config, output_dir, resume=resume, on_log=on_log
+        )
+
+
+def _immunise(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, list[Example]],
+    method: Method,
+    config: TrainingConfig,
+    output_dir: Path,
+    *,
+    resume: bool,
+    on_log: Callable[[Row], None] | None,
+) -> ImmunisationResult:
     # Methods make batches of their own too, and the bound on length is on every one.
     chat, fitted = lengths.fit(
         model,
@@ -362,7 +383,8 @@ def immunise(
         plain, chat, examples, method, config, folder.checkpoints, [recorder]
     )
     main = trainer.is_world_process_zero()
-    checkpoint = newest_complete(folder.checkpoints) if resume else None
+    checkpoint = folder.newest() if resume else None
+    recorder.start = step_of(checkpoint) if checkpoint else 0
     # Nobody may still be looking at what the main process now clears away.
     trainer.accelerator.wait_for_everyone()
     if main:

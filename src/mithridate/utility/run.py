@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from mithridate import models
 from mithridate.chat import ChatFormat
 from mithridate.configs import require
 from mithridate.events import Event, Listener, silent
-from mithridate.files import sha256_of, write_json
+from mithridate.files import read_kept, sha256_of, write_json, write_kept
+from mithridate.folders import run_folder
 from mithridate.measures.rows import Limits
 from mithridate.measures.statistics import equivalence, paired_difference
 from mithridate.measures.trajectory import wilson
@@ -78,9 +78,15 @@ def run_utility(plan: UtilityPlan, *, on_event: Listener = silent) -> dict[str, 
     Raises
     ------
     InputError
-        Something that was given cannot be used; before any model is asked.
+        Something that was given cannot be used, or another process writes into the folder;
+        before any model is asked.
     """
     harness = check_installed()
+    with run_folder(plan.output_dir):
+        return _run(plan, harness, on_event)
+
+
+def _run(plan: UtilityPlan, harness: str, on_event: Listener) -> dict[str, Any]:
     started = time.perf_counter()
     sources = {"reference": plan.reference, "model": plan.model}
     folders = {name: _folder(source) for name, source in sources.items() if source is not None}
@@ -165,8 +171,9 @@ def _score(
     """Return what the task's items score; those that a former run finished are kept."""
     total = len(asked.task.rows)
     found = Scores()
-    if path.exists():
-        found = Scores(**json.loads(path.read_text(encoding="utf-8")))
+    kept = read_kept(path, path.stem)
+    if kept is not None:
+        found = Scores(**kept)
     metric = asked.metrics[0]
     done = len(found.right.get(metric, ()))
     if done < total:
@@ -180,7 +187,7 @@ def _score(
             found.right.setdefault(name, []).extend(right)
         found.truncated += portion.truncated
         done = len(found.right[metric])
-        write_json(path, dataclasses.asdict(found))
+        write_kept(path, path.stem, dataclasses.asdict(found))
         accuracy = sum(found.right[metric]) / done
         on_event(Event(stage=stage, step=done, total=total, metrics={metric: accuracy}))
     return _first(found, total)
