@@ -325,8 +325,9 @@ def immunise(
     held = run_folder(output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext()
     with held:
         return _immunise(
-            model, tokenizer, examples, method, config, output_dir, resume=resume, on_log=on_log
-        )
+            model, tokenizer, examples, method, config, output_dir, resume=resume,
+            drop_invalid=drop_invalid, left_out=left_out or {}, on_log=on_log,
+        )  # fmt: skip
 
 
 def _immunise(
@@ -338,6 +339,8 @@ def _immunise(
     output_dir: Path,
     *,
     resume: bool,
+    drop_invalid: bool,
+    left_out: Mapping[str, Mapping[str, int]],
     on_log: Callable[[Row], None] | None,
 ) -> ImmunisationResult:
     # Methods make batches of their own too, and the bound on length is on every one.
@@ -352,7 +355,7 @@ def _immunise(
     )
     examples = fitted.examples
     data = {
-        name: {**counts, "left out": dict((left_out or {}).get(name, {}))}
+        name: {**counts, "left out": dict(left_out.get(name, {}))}
         for name, counts in fitted.report.items()
     }
     folder = RunFolder(output_dir)
