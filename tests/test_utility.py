@@ -17,6 +17,8 @@ from mithridate.events import Event
 from mithridate.measures.statistics import paired_difference
 from mithridate.utility import UtilityPlan, run_utility
 from mithridate.utility.choosing import choose, packaged
+from tests.compat.zoo import zoo_tokenizer
+from tests.test_generation import strong
 from tests.tiny import WORDS, tiny_llama, tiny_tokenizer
 
 harness = pytest.mark.skipif(
@@ -377,3 +379,21 @@ def test_words_of_the_tiny_tasks_are_known() -> None:
     used = {word for row in rows() for text in (row["question"], *row["options"])
             for word in text.split()}  # fmt: skip
     assert used <= set(WORDS)
+
+
+@harness
+@pytest.mark.filterwarnings("ignore:a batch changes")
+@pytest.mark.parametrize(("family", "at_once"), [("llama", 8), ("rwkv", 1)])
+def test_the_harness_gets_answers_without_thoughts_and_in_batches_that_change_nothing(
+    family: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from mithridate.chat import ChatFormat
+    from mithridate.utility.harness import wrap
+
+    written = ["<think>Rome?</think> Paris", "Paris", "<think>Paris"]
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests: written)
+    lm = wrap(strong(family), ChatFormat(zoo_tokenizer()), batch_size=8)
+    assert lm.generate_until([]) == ["Paris", "Paris", ""]
+    assert int(lm.batch_size) == at_once

@@ -227,7 +227,7 @@ class ChatFormat:
     @property
     def closing_ids(self) -> list[int]:
         """What the ids of every answer begin with to end the thought that a prompt leaves open."""
-        return self._tokenise(self._lead) if self._opened else []
+        return self._tokenise(self._lead) if self.opened else []
 
     def length(self, example: Example) -> tuple[int, int]:
         """Return how many tokens `encode` makes of prompt and answer, with nothing cut.
@@ -369,7 +369,7 @@ class ChatFormat:
         left_out, marks = self._specials
         said = [token for token in ids[:length] if token not in left_out]
         answer = final_answer(
-            self._opened + str(self.tokenizer.decode(said, clean_up_tokenization_spaces=False))
+            self.opened + str(self.tokenizer.decode(said, clean_up_tokenization_spaces=False))
         )
         text = answer or ""
         for mark in marks:
@@ -384,7 +384,7 @@ class ChatFormat:
         return mentions_thoughts(self._template.source) and not mentions_thoughts(self._opening)
 
     @cached_property
-    def _opened(self) -> str:
+    def opened(self) -> str:
         """What opens the thought that every answer begins within; empty where none does."""
         return open_thought(self._opening)
 

@@ -27,7 +27,8 @@ Company = Literal["any", "equal", "none"]
 _LEAST_TOKENS = 64
 _UNKNOWN_TOKENS = 256
 _MARGIN = 32
-_THOUGHT_TOKENS = 2048
+THOUGHT_TOKENS = 2048
+"""What a reasoning model gets to think in, beside its answer."""
 
 # Relative to the largest logit. Rounding moves float32 by 1e-6, a state that has read padding by 1.
 _ROUNDING = 0.01
@@ -109,7 +110,7 @@ def tokens_to_answer(chat: ChatFormat, items: Sequence[Example]) -> int:
     known = [len(chat.answer_ids(text)) for item in items for text in _answers_to(item)]
     least = _LEAST_TOKENS if all(map(_answers_to, items)) else _UNKNOWN_TOKENS
     needed = max(least, max(known, default=0) + _MARGIN)
-    return needed + (_THOUGHT_TOKENS if chat.thinks else 0)
+    return needed + (THOUGHT_TOKENS if chat.thinks else 0)
 
 
 def _check_positions(lengths: Sequence[int], positions: int | None) -> None:

@@ -13,6 +13,7 @@ from mithridate.errors import InputError, NotApplicableError
 from mithridate.examples import Example
 from mithridate.weights import maps
 from tests.compat.zoo import zoo_model, zoo_tokenizer
+from tests.test_generation import strong
 from tests.training.tiny_world import tiny_examples, tiny_model, tiny_tokenizer
 
 ROWS = tiny_examples()
@@ -425,3 +426,12 @@ def test_a_width_that_is_not_the_stream_s_gives_no_direction():
 def test_a_model_that_does_not_run_without_its_later_layers_is_told_apart():
     with pytest.raises(NotApplicableError, match="does not run without its last 1 layers"):
         editing.exit_early(zoo_model("jamba"), depth=0.5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "recurrent_gemma", "rwkv"])
+def test_prompts_beside_each_other_are_read_as_each_alone(family):
+    own, chat = strong(family).double(), ChatFormat(zoo_tokenizer())
+    prompts = ["Sky?", "What is the colour of the sky?", "Capital"]
+    together = editing._first_token(own, chat, prompts)
+    alone = torch.cat([editing._first_token(own, chat, [one]) for one in prompts])
+    assert torch.allclose(together, alone, atol=1e-4)

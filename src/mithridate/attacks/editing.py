@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 
-from mithridate.chat import ChatFormat
+from mithridate.chat import ChatFormat, Encoded
 from mithridate.configs import require
 from mithridate.errors import InputError, NotApplicableError
 from mithridate.examples import Example
@@ -68,7 +68,7 @@ def refusal_direction(
     require(0 < depth <= 1, f"depth is {depth}, not a share of the layers", "0.3 to 0.8 are usual")
     means = []
     for prompts in (refused, answered):
-        inputs = {name: t.to(model.device) for name, t in chat.prompt_batch(prompts).items()}
+        inputs, last = _prompts(model, chat, prompts)
         with torch.no_grad():
             states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
         state = None if states is None else states[round(depth * (len(states) - 1))]
@@ -77,8 +77,7 @@ def refusal_direction(
                 f"{type(model).__name__} shows no residual stream at depth {depth:g}",
                 mend="choose another depth, or attack it in another way",
             )
-        # Prompts are padded on the left, so the last position is where every answer begins.
-        means.append(state[:, -1].float().mean(dim=0))
+        means.append(state[last].float().mean(dim=0))
     difference = means[0] - means[1]
     size = float(difference.norm())
     if size == 0:
@@ -421,11 +420,24 @@ def check_same_shapes(model: PreTrainedModel, base: PreTrainedModel) -> None:
 
 def _first_token(model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[str]) -> torch.Tensor:
     """Return log-probabilities of the first token of each answer, shape (prompts, vocabulary)."""
-    inputs = {name: t.to(model.device) for name, t in chat.prompt_batch(prompts).items()}
+    inputs, last = _prompts(model, chat, prompts)
     with torch.no_grad():
-        # Prompts are padded on the left.
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits[:, -1]
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits[last]
     return logits.float().log_softmax(dim=-1)
+
+
+def _prompts(
+    model: PreTrainedModel, chat: ChatFormat, prompts: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Return the inputs of one pass over the prompts, and where in it their answers begin.
+
+    Padded on the right, where it moves no position and no recurrent state of what stands before.
+    """
+    asked = [chat.prompt_ids(prompt) for prompt in prompts]
+    batch = chat.collate([Encoded(ids, len(ids)) for ids in asked]).to(model.device)
+    last = batch.attention_mask.sum(dim=1) - 1
+    rows = torch.arange(len(asked), device=model.device)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}, (rows, last)
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

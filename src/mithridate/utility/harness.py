@@ -17,8 +17,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
+from mithridate.generation import THOUGHT_TOKENS, company_of
 from mithridate.templates import PLAIN_PROMPT
+from mithridate.thinking import final_answer
 from mithridate.utility.choosing import Task
+
+_ASKED = "What is the capital of France?"
 
 
 def check_installed() -> str:
@@ -125,9 +129,19 @@ def open_task(task: Task, *, plain: bool) -> Asked:
 
 
 def wrap(model: PreTrainedModel, chat: ChatFormat, *, batch_size: int) -> Any:
-    """Return the model as the harness sees it; greedy, whatever its folder says of sampling."""
+    """Return the model as the harness sees it; greedy, whatever its folder says of sampling.
+
+    Thinking is taken out of what it writes. Where padding or a batch changes what the model says,
+    it is asked one thing at a time.
+    """
     from lm_eval.models.huggingface import HFLM
 
+    class Answering(HFLM):
+        def generate_until(self, *args: Any, **options: Any) -> list[str]:
+            written = super().generate_until(*args, **options)
+            return [final_answer(chat.opened + text) or "" for text in written]
+
+    alone = company_of(model, chat.prompt_ids(_ASKED), chat.pad_id) != "any"
     kept = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=getattr(kept, "bos_token_id", None),
@@ -135,11 +149,11 @@ def wrap(model: PreTrainedModel, chat: ChatFormat, *, batch_size: int) -> Any:
         pad_token_id=chat.pad_id,
     )
     with _quiet():
-        return HFLM(
+        return Answering(
             pretrained=model,
             tokenizer=chat.tokenizer,
             backend="causal",
-            batch_size=batch_size,
+            batch_size=1 if alone else batch_size,
             trust_remote_code=False,
         )
 
@@ -160,8 +174,14 @@ def score(lm: Any, asked: Asked, chat: ChatFormat, first: int, last: int, *, pla
     ready.dataset = {**whole, split: whole[split].select(range(first, last))}
     if ready.OUTPUT_TYPE == "generate_until":
         end = chat.tokenizer.decode([chat.end_id])
-        until = (asked.task.config.get("generation_kwargs") or {}).get("until") or []
-        ready.set_config("generation_kwargs", {"until": [*until, end]}, update=True)
+        given = asked.task.config.get("generation_kwargs") or {}
+        until = given.get("until") or []
+        room = given.get("max_gen_toks", lm.max_gen_toks)
+        if chat.thinks and not plain:
+            room += THOUGHT_TOKENS
+        ready.set_config(
+            "generation_kwargs", {"until": [*until, end], "max_gen_toks": room}, update=True
+        )
     ready.set_fewshot_seed(first)
     try:
         with _quiet() as heard:
