@@ -5,12 +5,16 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mithridate.errors import InputError
+from mithridate.model_folders import read_json
+from mithridate.models import check_name, loading
+from mithridate.printable import printable
 
 Encoder = Callable[[Sequence[str]], NDArray[np.float32]]
 """Maps texts to rows of unit L2 norm, shape (texts, dimensions)."""
@@ -35,7 +39,8 @@ def load_encoder(name: str = MINILM) -> Encoder:
     Raises
     ------
     InputError
-        If the package or model is not there; nothing is put in its place.
+        If the package or model is not there, or the model brings code of its own, which is not
+        run; nothing is put in its place.
     """
     if name == TFIDF:
         return tfidf
@@ -54,22 +59,43 @@ def load_encoder(name: str = MINILM) -> Encoder:
             mend="pip install 'mithridate[embeddings]', or choose the encoder tfidf, "
             "which compares spelling instead of meaning",
         ) from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            model: Any = SentenceTransformer(source, device="cpu")
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"no sentence-transformers model could be loaded: {str(error).splitlines()[0]}",
-            where=f"encoder {name!r}",
-            mend=f"give a model's id or folder, or the encoder {MINILM}",
-        ) from None
+    if Path(source).is_dir():
+        _check_folder(Path(source))
+    else:
+        check_name(source)
+    with (
+        loading("sentence-transformers model", source, f"give a model's id or folder, or {MINILM}"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)
+        model: Any = SentenceTransformer(
+            source,
+            device="cpu",
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
 
     def encode(texts: Sequence[str]) -> NDArray[np.float32]:
         vectors = model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
 
     return encode
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse an encoder that names classes of its own."""
+    code = sorted(path.name for path in folder.rglob("*.py"))
+    listed = folder / "modules.json"
+    modules = read_json(listed) if listed.is_file() else []
+    kinds = [str(one.get("type")) for one in modules if isinstance(one, dict)]
+    foreign = [kind for kind in kinds if not kind.startswith("sentence_transformers.")]
+    if code or foreign:
+        raise InputError(
+            f"this encoder brings code of its own ({printable((foreign + code)[0], limit=100)}), "
+            "which is never run",
+            where=str(folder),
+            mend=f"give an encoder of the library's own classes, or the encoder {MINILM}",
+        )
 
 
 def tfidf(texts: Sequence[str]) -> NDArray[np.float32]:

@@ -70,6 +70,24 @@ def check(source: str, revision: str | None = None) -> Stored | None:
     folder = Path(source)
     if source and folder.is_dir():
         return check_model_folder(folder)
+    check_name(source, revision)
+    from transformers import PreTrainedConfig
+
+    with loading("model", source, _HUB_MEND):
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    check_config(config, source)
+    return None
+
+
+def check_name(source: str, revision: str | None = None) -> None:
+    """Refuse what is no folder and can be no Hub id, or is a slip in a path.
+
+    Raises
+    ------
+    InputError
+        Without asking the Hub, which takes most of a minute to say so.
+    """
+    folder = Path(source)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -83,18 +101,11 @@ def check(source: str, revision: str | None = None) -> Stored | None:
     except (HFValidationError, OSError, ValueError):
         raise InputError("no such model folder", where=_named(source), mend=mend) from None
     if not cached and "/" in source and folder.parent.is_dir():
-        # A slip of the pen in a path; the Hub would be asked for most of a minute.
         raise InputError(
             f"no such model folder: {folder.parent} has no {folder.name}",
             where=_named(source),
             mend=f"{mend}, asked for where no folder {folder.parent} is",
         )
-    from transformers import PreTrainedConfig
-
-    with _told("model", source, _HUB_MEND):
-        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    check_config(config, source)
-    return None
 
 
 def load(
@@ -117,7 +128,7 @@ def load(
     model, tokenizer, missing = load_as(
         AutoModelForCausalLM, source, revision, what="model", mend=_HUB_MEND
     )
-    with _told("model", source, _HUB_MEND):
+    with loading("model", source, _HUB_MEND):
         _check_fit(source, model, tokenizer, missing)
         _freeze_towers(model)
     return model, tokenizer
@@ -147,7 +158,7 @@ def load_as(
     stored = check(source, revision)
     own = {"revision": revision, "trust_remote_code": False}
     folder = Path(source)
-    with _told(what, source, mend):
+    with loading(what, source, mend):
         config = AutoConfig.from_pretrained(source, **own)
         causal = kind.__name__ == "AutoModelForCausalLM"
         if type(config) not in kind._model_mapping or (causal and config.is_encoder_decoder):
@@ -162,9 +173,9 @@ def load_as(
             )
         if stored:
             _check_size(kind, config, stored, folder)
-    with _told(f"{what}'s tokenizer", source, f"{_NEWER}, or {mend}"):
+    with loading(f"{what}'s tokenizer", source, f"{_NEWER}, or {mend}"):
         tokenizer = AutoTokenizer.from_pretrained(source, **own)
-    with _told(what, source, mend):
+    with loading(what, source, mend):
         model, report = kind.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **own
         )
@@ -297,8 +308,21 @@ def _existing(path: Path) -> Path:
 
 
 @contextmanager
-def _told(what: str, source: str, mend: str) -> Iterator[None]:
-    """Turn whatever the libraries raise over somebody's files into an input error."""
+def loading(what: str, source: str, mend: str) -> Iterator[None]:
+    """Turn whatever the libraries raise over somebody's files into an input error.
+
+    Parameters
+    ----------
+    what, source
+        For the message: what is loaded, and from where.
+    mend
+        What to give instead.
+
+    Raises
+    ------
+    InputError
+        With the first line of what was raised, cut to 200 characters.
+    """
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -221,7 +221,7 @@ def test_bases_that_do_not_fit_are_refused_by_the_name_of_the_tensor(base, tmp_p
     for folder, message in [
         (tmp_path / "empty", "no weights in safetensors"),
         (tmp_path / "broken", "not a whole safetensors"),
-        (tmp_path / "no" / "such" / "folder", "no such base model"),
+        (tmp_path / "no" / "such" / "folder", "no such model folder"),
     ]:
         with pytest.raises(InputError, match=message):
             lox_for(folder).check(None)

@@ -212,5 +212,5 @@ def test_real_embeddings_see_meaning():
 
 def test_an_unknown_encoder_is_an_input_error(tmp_path):
     pytest.importorskip("sentence_transformers")
-    with pytest.raises(InputError, match="no sentence-transformers model"):
+    with pytest.raises(InputError, match="no such model folder"):
         load_encoder(str(tmp_path / "nothing"))

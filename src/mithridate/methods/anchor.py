@@ -66,7 +66,7 @@ class Anchor:
 
         models.check(self.source)
         words, config = (
-            open_part(kind, self.source, what="the reference model", mend=_MEND)
+            open_part(kind, self.source, what="reference model", mend=_MEND)
             for kind in (AutoTokenizer, AutoConfig)
         )
         same_words = words.get_vocab() == tokenizer.get_vocab()

@@ -15,8 +15,8 @@ from torch import nn
 
 from mithridate.chat import Batch, ChatFormat
 from mithridate.configs import check_values
-from mithridate.errors import InputError
 from mithridate.examples import Example, evenly_by_category
+from mithridate.models import loading
 from mithridate.weights import Gradient, GradientOracle, WeightSpace, dot, norm
 
 if TYPE_CHECKING:
@@ -184,11 +184,8 @@ def open_part(kind: Any, source: str, *, what: str, mend: str) -> Any:
     InputError
         It is missing or damaged.
     """
-    try:
+    with loading(what, source, mend):
         return kind.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"{what} cannot be loaded: {reason}", where=source, mend=mend) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -260,7 +260,7 @@ class BaseModel:
         self._loaded: dict[str, torch.Tensor] = {}
         if self._converted:
             models.check(str(self._folder))
-            config = open_part(AutoConfig, str(self._folder), what="the base model", mend=_MEND)
+            config = open_part(AutoConfig, str(self._folder), what="base model", mend=_MEND)
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(config)
             self._shapes = {
@@ -325,7 +325,7 @@ class BaseModel:
         theirs = open_part(
             AutoTokenizer,
             str(self._folder),
-            what="the base model's tokenizer",
+            what="base model's tokenizer",
             mend="copy or download it again, or leave all tokenizer files out",
         ).get_vocab()
         moved = [
@@ -375,19 +375,14 @@ def _folder(source: str, revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
+    models.check_name(source, revision)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
-    try:
+    mend = "give a folder, or a Hub id (a private one, or no network, looks the same)"
+    with models.loading("base model", source, mend):
         found: Any = snapshot_download(
             source, revision=revision, allow_patterns=["*.safetensors", "*.json", "tokenizer*"]
         )
-    except (OSError, HFValidationError) as error:
-        raise InputError(
-            f"no such base model: {str(error).strip().splitlines()[0]}",
-            where=source,
-            mend="give a folder, or a Hub id (a private one, or no network, looks the same)",
-        ) from None
     return Path(found)
 
 
