@@ -46,7 +46,7 @@ def telling_pairs(context: RunContext) -> list[Pair]:
     InputError
         If no pair is left.
     """
-    pairs = pair_by_prompt(context.examples["harmful"], context.examples["refusal"])
+    pairs = pair_by_prompt(*(context.examples.get(name, []) for name in ("harmful", "refusal")))
     kept = []
     for pair in pairs:
         harmful, refusal = (context.chat.encode(example) for example in pair)
