@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mithridate.attacking import AttackPlan, run_attack
+from mithridate.cli import app
 from mithridate.errors import InputError
 from mithridate.judges.base import useful_harms
 from mithridate.judges.classifier import ClassifierJudge
@@ -66,6 +67,56 @@ def test_a_classifier_judges_prompts_without_answers(world: Path, tmp_path: Path
         degenerate = row["outcomes"]["gibberish"] + row["outcomes"]["fixed_token"]
         # Nearly everything is harmful to this judge, but for what is not coherent.
         assert row["outcomes"]["exact"] == pytest.approx(1 - degenerate)
+
+
+def test_over_refusal_needs_no_answers(world: Path, tmp_path: Path) -> None:
+    """XSTest: permitted questions that look harmful, and real harmful ones, without answers."""
+    asked = tmp_path / "xstest.csv"
+    lines = ["id,prompt,type,label,focus,note"]
+    lines += [f"{n},w7 w8 w{n},homonyms,safe,w7," for n in range(4)]
+    lines += [f"{n},w9 w8 w{n},contrast,unsafe,w9," for n in range(3)]
+    asked.write_text("\n".join(lines))
+    with pytest.warns(UserWarning, match="4 of the 4 permitted questions have no answer"):
+        run_attack(
+            attack(
+                world, tmp_path / "run", judge="refusal", permitted=str(asked),
+                evaluation=str(asked), config=config(tmp_path / "c"),
+            )
+        )  # fmt: skip
+    rows = rows_of(tmp_path / "run")
+    assert all((row["n_restricted"], row["n_permitted"]) == (3, 4) for row in rows)
+    assert all(0 <= row["utility"] <= 1 for row in rows)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["left out"] == {
+        "eval": {"marked safe": 4}, "permitted": {"marked unsafe": 3}
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"xstest\.csv, line 2: missing field 'answer'"):
+        run_attack(attack(world, tmp_path / "other", permitted=str(asked)))
+
+
+def test_rows_are_read_and_left_out_as_asked(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"q": f"w5 w{n}", "r": "w1 w2"} for n in range(8)] + [{"q": "w5", "r": ""}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = [
+        "attack", "--model", str(world / "model"), "--harmful", str(tmp_path / "own.jsonl"),
+        "--eval", str(world / "eval.jsonl"), "--learning-rate", "1e-3", "--steps", "1",
+    ]  # fmt: skip
+    chosen = ["--columns", "harmful:prompt=q,answer=r"]
+    for options, cause in (
+        ([], "columns found: q, r"),
+        (chosen, "the answer is empty"),
+        (["--columns", "prompt=q,answer=r", "--drop-invalid"], "has no column 'q'"),
+    ):
+        given = [*arguments, *options, "--output-dir", str(tmp_path / "no")]
+        assert app._run(given, None) == 2
+        assert cause in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    out = tmp_path / "run"
+    given = [*arguments, *chosen, "--drop-invalid", "--output-dir", str(out)]
+    assert app._run(given, None) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["left out"] == {"harmful": {"empty answer": 1}}
 
 
 def test_exact_judging_needs_answers(world: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from mithridate.examples import Example
-from mithridate.judges.answers import AnswerJudge
+from mithridate.judges.answers import AnswerJudge, check_kinds
 from mithridate.judges.outcomes import Outcome
 
 ITEMS = [
@@ -50,3 +52,33 @@ def test_a_full_stop_is_no_part_of_an_answer_and_an_empty_one_no_value() -> None
 )
 def test_first_known_answer_decides(item: int, output: str, outcome: Outcome) -> None:
     assert AnswerJudge(ITEMS)(ITEMS[item], output) is outcome
+
+
+def test_an_item_without_an_answer_asks_only_to_be_answered() -> None:
+    bare, known = Example(prompt="p"), Example(prompt="q", answer="tin")
+    judge = AnswerJudge([bare, known])
+    assert judge(bare, "You end it from the task list of the system.") is Outcome.EXACT
+    assert judge(bare, "I'm sorry, I can't help with that.") is Outcome.REFUSAL
+    assert judge(bare, "x x x x x x x x x x x x x x") is not Outcome.EXACT
+    assert judge(known, "You end it from the task list of the system.") is not Outcome.EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "count"),
+    [
+        ("refusal", ["I can't help with that.", "Lock it.", "Ask a friend."], 1),
+        ("harmful", ["I can't help with that.", "I'm sorry, no.", "Mix them."], 1),
+        ("refusal", ["I can't help with that.", "I'm sorry, no.", "Lock it."], None),
+        ("harmful", ["Mix them.", "Take it.", "I'm sorry, no."], None),
+        ("benign", ["Paris", "Rome", "I'm sorry, no."], None),
+    ],
+)
+def test_streams_that_hold_another_kind_are_said(
+    name: str, answers: list[str], count: int | None
+) -> None:
+    rows = [Example(prompt=str(n), answer=answer) for n, answer in enumerate(answers)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        check_kinds({name: rows})
+    said = [str(one.message).partition(" look")[0].partition(" are")[0] for one in told]
+    assert said == ([] if count is None else [f"only {count} of the 3 answers of --{name}"])

@@ -150,7 +150,10 @@ def test_overlap_is_named_row_by_row_before_any_work(world, tmp_path):
     leak = (world / "eval.jsonl").read_text().splitlines()[2]
     path = tmp_path / "leaking.jsonl"
     path.write_text((world / "harmful.jsonl").read_text() + leak + "\n")
-    with pytest.raises(InputError, match=r"harmful and eval share 1 prompts \(row 10 = row 3\)"):
+    with pytest.raises(
+        InputError,
+        match=r"harmful and eval share 1 prompts \(leaking\.jsonl, line 10 = eval\.jsonl, line 3\)",
+    ):
         OwnBed(dataclasses.replace(own(world, tmp_path), harmful=str(path)))
     trained = own(world, tmp_path, trained_on=(str(world / "eval.jsonl"),))
     with pytest.raises(InputError, match=r"eval and trained-on .* share 8 prompts \(row 1 = row 1"):

@@ -188,7 +188,7 @@ def read_source(
         other_kind += not found
         examples += found
     if faults and not (reading.drop_invalid and examples):
-        raise _unusable(faults, rows)
+        raise _unusable(faults, rows, dropping=reading.drop_invalid)
     if place.on_hub:
         origin = f"{place.name}@{revision}" if revision else place.name
         examples = [
@@ -218,10 +218,12 @@ def read_source(
     return Found(examples=examples, left_out=left_out)
 
 
-def _unusable(faults: Sequence[RowError], rows: int) -> InputError:
+def _unusable(faults: Sequence[RowError], rows: int, *, dropping: bool) -> InputError:
     """Return one error for all rows that cannot be used."""
     first = faults[0]
-    mend = f"{first.mend}; --drop-invalid leaves out what cannot be used, and counts it"
+    mend = first.mend
+    if not dropping:
+        mend += "; --drop-invalid leaves out what cannot be used, and counts it"
     if len(faults) == 1:
         return InputError(first.what, where=first.where, mend=mend)
     return InputError(

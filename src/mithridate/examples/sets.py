@@ -238,7 +238,7 @@ def check_disjoint(sets: Mapping[str, Sequence[Example]]) -> None:
     for name, examples in sets.items():
         rows[name] = {}
         for number, example in enumerate(examples, start=1):
-            place = example.place or f"row {number}"
+            place = example.place.rpartition("/")[2] or f"row {number}"
             rows[name].setdefault(normalise_prompt(example.prompt), place)
     faults = []
     for one, other in combinations(sets, 2):
