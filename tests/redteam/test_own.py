@@ -156,7 +156,9 @@ def test_overlap_is_named_row_by_row_before_any_work(world, tmp_path):
     ):
         OwnBed(dataclasses.replace(own(world, tmp_path), harmful=str(path)))
     trained = own(world, tmp_path, trained_on=(str(world / "eval.jsonl"),))
-    with pytest.raises(InputError, match=r"eval and trained-on .* share 8 prompts \(row 1 = row 1"):
+    with pytest.raises(
+        InputError, match=r"and trained-on .* share 8 prompts \(eval\.jsonl, line 1 ="
+    ):
         OwnBed(trained)
 
 
