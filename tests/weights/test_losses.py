@@ -10,6 +10,9 @@ from torch import nn
 from mithridate.chat import IGNORE
 from mithridate.errors import InputError
 from mithridate.weights import losses
+from mithridate.weights.lens import check_lens
+from mithridate.weights.maps import blocks_of
+from tests.compat.zoo import FAMILIES, zoo_model
 from tests.tiny import (
     LORA,
     VOCABULARY,
@@ -109,12 +112,66 @@ def test_no_layers_is_the_output_alone(model):
     assert float(output) > 0
 
 
-def test_a_model_without_a_known_final_norm_is_refused():
-    class Odd(nn.Module):
-        base_model = nn.Linear(1, 1)
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma3n_text"}))
+def test_behind_identities_the_lens_is_the_output(family):
+    """Whatever a model does behind its layers: norms, projections, soft caps, logit scales."""
+    model, batch = zoo_model(family), tiny_batch(4)
+    blocks = blocks_of(model)
+    forms = []
+    hook = blocks[-1].register_forward_hook(lambda _, __, output: forms.append(output))
+    before, inner = losses.layerwise_cross_entropy(model, batch, [len(blocks) - 1])
+    hook.remove()
+    assert abs(float(before) - float(inner)) > 1e-6
 
-    with pytest.raises(InputError, match="no final norm found in Linear"):
-        losses.final_norm(Odd())
+    def same(*given, **named):
+        (form, *_), (state, *_) = forms, (*given, *named.values())
+        return state if isinstance(form, torch.Tensor) else (state, *form[1:])
+
+    blocks[-1].forward = same
+    output, lens = losses.layerwise_cross_entropy(model, batch, [len(blocks) - 1])
+    assert float(lens) == pytest.approx(float(output), rel=1e-5)
+    weights = [weight for name, weight in model.named_parameters() if "bias" not in name]
+    slopes = [
+        torch.autograd.grad(
+            one, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for one in (output, lens)
+    ]
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_state_that_the_model_has_not_one_of_is_not_read():
+    with pytest.raises(InputError, match="cannot be read as its last one"):
+        check_lens(zoo_model("gemma3n_text"))
+    check_lens(zoo_model("opt"))
+    # Behind its last layer OPT narrows the state: it cannot be normed and read once more.
+    with pytest.raises(InputError, match="cannot be read as its last one"):
+        check_lens(zoo_model("opt"), final=True)
+
+
+def test_logits_that_are_more_than_the_last_state_are_not_read():
+    class Biased(type(zoo_model("llama"))):
+        def forward(self, input_ids, **given):
+            output = super().forward(input_ids, **given)
+            output.logits = output.logits + input_ids[..., None]
+            return output
+
+    model = zoo_model("llama")
+    model.__class__ = Biased
+    with pytest.raises(InputError, match="cannot be read as its last one"):
+        check_lens(model)
+
+
+def test_a_reading_leaves_the_layers_and_their_hooks_alone(model):
+    seen = []
+    blocks = list(blocks_of(model))
+    hooks = [block.register_forward_hook(lambda *_: seen.append(1)) for block in blocks]
+    losses.layerwise_cross_entropy(model, tiny_batch(3), [0, 1, 2])
+    for hook in hooks:
+        hook.remove()
+    assert list(blocks_of(model)) == blocks
+    assert len(seen) == len(blocks)
 
 
 def plain_statistics(model, batch):

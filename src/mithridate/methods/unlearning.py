@@ -15,7 +15,8 @@ from mithridate.configs import Count
 from mithridate.errors import InputError
 from mithridate.methods.base import RunContext
 from mithridate.weights import Gradient
-from mithridate.weights.losses import answer_cross_entropy, final_norm, layerwise_cross_entropy
+from mithridate.weights.lens import check_lens
+from mithridate.weights.losses import answer_cross_entropy, layerwise_cross_entropy
 
 Kind = Literal["layerwise_log", "log", "ascent", "none"]
 Layers = Count | Literal["all", "released"]
@@ -144,7 +145,7 @@ class Unlearning:
         return sorted(context.random("layers").sample(range(1, depth), count)), count + 1
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a model that has not as many layers, or no final norm to read them through."""
+        """Refuse a model that has not as many layers, or that does not let them be read."""
         if self.kind != "layerwise_log":
             return
         depth = _depth(model)
@@ -155,7 +156,7 @@ class Unlearning:
                 where="unlearning_layers",
                 mend="choose from 1 to one less than the model has, or unlearning: log",
             )
-        final_norm(model)
+        check_lens(model, final=self.layers == "released")
 
 
 def _depth(model: Any) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,22 +21,17 @@ from torch.utils.checkpoint import checkpoint
 
 from mithridate.chat import IGNORE, Batch
 from mithridate.errors import InputError
+from mithridate.weights.lens import Lens
+from mithridate.weights.maps import innermost
 
 Loss = Callable[[nn.Module, Batch], torch.Tensor]
 
 CHUNK = 1 << 24
 """Numbers in a vocabulary-sized tensor of `in_chunks`: 64 MiB in float32."""
 
-_FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm")
-
 
 def _forward_parameters(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
-
-
-def _innermost(model: nn.Module) -> Any:
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if callable(get_base) else model
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,23 +56,28 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.T
 
 
 def _answer_outputs(
-    model: nn.Module, batch: Batch, *, hidden: Sequence[int] = ()
+    model: nn.Module, batch: Batch, *, lens: Lens | None = None, layers: Sequence[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Return `answer_logits` and, for each index in ``hidden``, that hidden state there."""
+    """Return `answer_logits` and, for each number in ``layers``, the hidden state there."""
     targets = batch.labels[:, 1:]
     wanted = targets != IGNORE
     first = int(wanted.any(dim=0).nonzero()[0])
     keep = targets.shape[1] + 1 - first
     extra: dict[str, int | bool] = {}
-    if "logits_to_keep" in _forward_parameters(type(_innermost(model))):
+    if "logits_to_keep" in _forward_parameters(type(innermost(model))):
         extra["logits_to_keep"] = keep
-    if hidden:
+    if lens is not None and lens.depth in layers:
         extra["output_hidden_states"] = True
-    output = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra
-    )
+    watching: AbstractContextManager[dict[int, torch.Tensor]]
+    watching = nullcontext({}) if lens is None else lens.watching(layers)
+    with watching as seen:
+        output = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **extra
+        )
+    if "output_hidden_states" in extra and lens is not None:
+        seen[lens.depth] = output.hidden_states[-1]
     chosen = wanted[:, first:]
-    states = [output.hidden_states[index][:, -keep:-1][chosen] for index in hidden]
+    states = [seen[number][:, -keep:-1][chosen] for number in layers]
     return widen(output.logits[:, -keep:-1][chosen]), targets[:, first:][chosen], states
 
 
@@ -116,7 +117,7 @@ def token_collapse(token_id: int) -> Loss:
 
 def check_token(model: nn.Module, token_id: int) -> None:
     """Refuse an id that the model has no logit for."""
-    vocabulary = _innermost(model).get_output_embeddings().weight.shape[0]
+    vocabulary = innermost(model).get_output_embeddings().weight.shape[0]
     if token_id >= vocabulary:
         raise InputError(
             f"there is no token {token_id} in a vocabulary of {vocabulary}",
@@ -143,32 +144,32 @@ def layerwise_cross_entropy(
     Parameters
     ----------
     model
-        A causal language model whose final norm `final_norm` finds.
+        A causal language model; with ``layers`` one that `check_lens` lets pass.
     batch
         Only its label positions are projected onto the vocabulary.
     layers
-        Indices into the hidden states (0 is the embedding), each read through the final norm and
-        the output head.
+        0 for the embedding, n for what layer n gives, and for the last what follows its final
+        norm; each is read by `Lens`.
 
     Returns
     -------
     output, lens
         Scalars in nats; ``lens`` sums over ``layers`` and is 0 without any.
     """
-    logits, targets, states = _answer_outputs(model, batch, hidden=layers)
+    if not layers:
+        logits, targets = answer_logits(model, batch)
+        output = functional.cross_entropy(logits, targets, reduction="sum")
+        return output, torch.zeros_like(output)
+    reader = Lens(model)
+    logits, targets, states = _answer_outputs(model, batch, lens=reader, layers=layers)
     output = functional.cross_entropy(logits, targets, reduction="sum")
-    lens = torch.zeros_like(output)
-    if states:
-        norm, head = final_norm(model), _innermost(model).get_output_embeddings()
 
-        def read(joined: torch.Tensor) -> torch.Tensor:
-            wanted = targets.repeat(len(joined) // len(targets))
-            return functional.cross_entropy(widen(head(norm(joined))), wanted, reduction="sum")
+    def read(joined: torch.Tensor) -> torch.Tensor:
+        wanted = targets.repeat(len(joined) // len(targets))
+        return functional.cross_entropy(widen(reader.read(joined)), wanted, reduction="sum")
 
-        readers = [*norm.parameters(), *head.parameters()]
-        trained = [weight for weight in readers if weight.requires_grad]
-        at_once = max(1, CHUNK // logits.numel())
-        lens = _SumOfReadings.apply(read, len(states), at_once, *states, *trained)
+    at_once = max(1, CHUNK // logits.numel())
+    lens = _SumOfReadings.apply(read, len(states), at_once, *states, *reader.weights)
     return output, lens
 
 
@@ -188,10 +189,11 @@ class _SumOfReadings(torch.autograd.Function):
         at_once: int,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the sum; ``tensors`` are ``count`` states, then the weights that ``read`` uses."""
+        """Return the sum; ``tensors`` are ``count`` states, then all weights ``read`` may use."""
         states, weights = tensors[:count], tensors[count:]
-        values, by_state = [], []
-        by_weight: list[torch.Tensor] = []
+        values = []
+        by_state: list[torch.Tensor | None] = []
+        by_weight: list[torch.Tensor | None] = []
         differentiated = any(ctx.needs_input_grad)
         for start in range(0, count, at_once):
             few = states[start : start + at_once]
@@ -200,12 +202,12 @@ class _SumOfReadings(torch.autograd.Function):
                 value = read(leaf)
             values.append(value.detach())
             if differentiated:
-                first, *others = torch.autograd.grad(value, [leaf, *weights])
+                first, *others = torch.autograd.grad(value, [leaf, *weights], allow_unused=True)
                 by_state += first.split(len(few[0]))
                 if by_weight:
-                    torch._foreach_add_(by_weight, others)
+                    torch._foreach_add_(_present(by_weight), _present(others))
                 else:
-                    by_weight = others
+                    by_weight = list(others)
         ctx.gradients = [*by_state, *by_weight]
         return torch.stack(values).sum()
 
@@ -214,8 +216,12 @@ class _SumOfReadings(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients made in `forward`, times ``gradient``, in place."""
         gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_(gradients, gradient)
+        torch._foreach_mul_(_present(gradients), gradient)
         return (None, None, None, *gradients)
+
+
+def _present(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def answer_states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,7 +245,7 @@ def answer_states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.T
 def _final_states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return every position's final hidden state, and the logits of at least the last position."""
     extra: dict[str, int] = {}
-    if "logits_to_keep" in _forward_parameters(type(_innermost(model))):
+    if "logits_to_keep" in _forward_parameters(type(innermost(model))):
         extra["logits_to_keep"] = 1
     output = model(
         input_ids=batch.input_ids,
@@ -261,7 +267,7 @@ def output_head(
     adapted
         ``False`` leaves out a LoRA adapter on the head itself.
     """
-    inner = _innermost(model)
+    inner = innermost(model)
     head = inner.get_output_embeddings()
     if not adapted:
         head = getattr(head, "base_layer", head)
@@ -287,7 +293,7 @@ def check_head(model: nn.Module, batch: Batch) -> None:
         projected = output_head(model)(states[:, -1])
     if not torch.allclose(projected, widen(logits[:, -1]), rtol=1e-3, atol=1e-3):
         raise InputError(
-            f"the logits of {type(_innermost(model)).__name__} are not its output head's alone",
+            f"the logits of {type(innermost(model)).__name__} are not its output head's alone",
             mend="use a model whose head is one projection (a final soft cap is known)",
         )
 
@@ -310,7 +316,7 @@ def in_chunks(
     columns
         Tensors of equal first dimension, at least 1.
     """
-    vocabulary = _innermost(model).get_output_embeddings().weight.shape[0]
+    vocabulary = innermost(model).get_output_embeddings().weight.shape[0]
     size, rows = max(1, CHUNK // vocabulary), len(columns[0])
     if rows <= size:
         return read(*columns)
@@ -379,18 +385,3 @@ def answer_log_probability_and_entropy(
     positions = torch.arange(len(targets), device=targets.device)
     score, spread = in_chunks(model, read, states, targets, positions)
     return score, spread
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm between the last layer and the output head, found by its name."""
-    body = _innermost(model).base_model
-    # Beside towers for images or sound, the text part is a model inside the model.
-    body = getattr(body, "language_model", body)
-    for name in _FINAL_NORMS:
-        found = getattr(body, name, None)
-        if isinstance(found, nn.Module):
-            return found
-    raise InputError(
-        f"no final norm found in {type(body).__name__} (looked for {', '.join(_FINAL_NORMS)})",
-        mend="choose a term that reads no inner layers, for example unlearning: log",
-    )
