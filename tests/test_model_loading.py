@@ -14,7 +14,7 @@ from mithridate.errors import InputError
 from mithridate.examples import Example
 from mithridate.methods.sft import SFT, SFTConfig
 from mithridate.training import TrainingConfig, immunise
-from mithridate.weights.losses import final_norm
+from mithridate.weights.lens import check_lens
 from tests.compat.zoo import save_zoo, zoo_multimodal, zoo_tokenizer
 from tests.training.tiny_world import tiny_model, tiny_tokenizer
 
@@ -405,4 +405,4 @@ def test_of_a_model_that_sees_the_text_part_alone_is_trained_and_all_of_it_kept(
     assert "model.language_model.layers.1.mlp.up_proj.weight" in moved
     assert len(after) == len(before)
     assert "use_cache" not in json.loads((tmp_path / "run/model/config.json").read_text())
-    assert final_norm(model) is model.model.language_model.norm
+    check_lens(model)
