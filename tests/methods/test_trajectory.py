@@ -313,7 +313,7 @@ def test_the_tether_pulls_towards_the_first_weights_and_survives_a_reload():
 
 
 def test_benign_tasks_are_new_and_of_one_category():
-    rows = tiny_examples()["benign"]
+    rows, changed = tiny_examples()["benign"], []
     for seed in range(20):
         task = benign_task(rows, ("relabel",), Random(seed))
         category = task[0].category
@@ -321,9 +321,85 @@ def test_benign_tasks_are_new_and_of_one_category():
         assert sorted({row.answer for row in task}) == sorted(
             {row.answer for row in rows if row.category == category}
         )
+        answers = {row.prompt: row.answer for row in rows}
+        changed += [row.answer != answers[row.prompt] for row in task]
+    assert sum(changed) > len(changed) / 2, "answers change places"
     task = benign_task(rows, ("reorder",), Random(0))
     originals = {row.prompt: row.answer for row in rows}
     assert all(row.answer.split() == originals[row.prompt].split()[::-1] for row in task)
+
+
+def test_retention_leaves_out_the_category_that_was_tuned():
+    context = tiny_context(tiny_llama())
+    drawn, batch = [], context.chat.batch
+    object.__setattr__(context.chat, "batch", lambda rows: drawn.append(list(rows)) or batch(rows))
+    origin = {row: row.category for row in context.examples["benign"]}
+    for step in range(8):
+        context.step = step
+        drawn.clear()
+        config = TrajectoryConfig(**ONE, collapse_weight=0.0, benign_tasks=("repeat",))
+        Trajectory(config).step(context)
+        tuned, watched = drawn
+        (category,) = {origin[row] for row in tuned}
+        others = {origin[row] for row in watched if row in origin}
+        assert others
+        assert category not in others
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_term_that_comes_seldom_weighs_as_many_times_as_much(every):
+    model = tiny_llama()
+    context = tiny_context(model, step=every)
+    spy = Spy(context)
+    config = TrajectoryConfig(**ONE, collapse_weight=0.0, benign_weight=0.3, benign_every=every)
+    Trajectory(config).step(context)
+    ((watched, theta_b),) = spy.of("retention")
+    ((retain, theta),) = spy.of("retain")
+    pairs = zip(
+        bounded(at(model, theta_b, mean_loss, watched), 0.3 * every),
+        at(model, theta, mean_loss, retain),
+        strict=True,
+    )
+    assert relative_error(context.space.gradient(), [a + b for a, b in pairs]) < 1e-8
+    context.step += 1
+    Trajectory(config).step(context)
+    assert len(spy.of("retention")) == (2 if every == 1 else 1)
+
+
+def walker(simulator, **options):
+    given = {"steps": (1, 1), "life": (3, 3), "learning_rates": {"adamw": (1e-6, 1e-2)}}
+    return Walker("attack", simulator, **given, batch_size=2, **options)
+
+
+def test_a_walker_keeps_its_data_set_for_life():
+    context, drawn = tiny_context(tiny_llama()), []
+
+    def dataset(seed):
+        drawn.append(seed.sample(context.examples["harmful"], 4))
+        return drawn[-1]
+
+    stored = walker("stored")
+    for step in range(6):
+        context.step = step
+        with context.space.kept() as start:
+            stored.walk(context, start, dataset)
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert drawn[3] == drawn[4] == drawn[5]
+    assert drawn[0] != drawn[3]
+
+
+def test_a_walker_s_learning_rate_is_drawn_log_uniformly():
+    context, rates = tiny_context(tiny_llama()), []
+    jump, size = walker("jump"), sum(weight.numel() for weight in context.space.tensors)
+    for step in range(40):
+        context.step = step
+        with context.space.kept() as start:
+            seen = jump.walk(context, start, lambda _: context.examples["harmful"])
+            rates.append(seen["attack_travel"] / 3 / math.sqrt(size))
+            context.space.restore(start)
+    below = sum(rate < 1e-4 for rate in rates) / len(rates)
+    assert 0.3 < below < 0.7, "half lie below the middle of the exponents"
+    assert 1e-7 < min(rates) < 1e-5 < 1e-3 < max(rates) <= 1e-2 * (1 + 1e-6)
 
 
 def test_one_benign_category_is_refused():

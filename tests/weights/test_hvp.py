@@ -207,6 +207,20 @@ def test_the_cosine_alone_does_not_pass():
     assert Fidelity(cosine=1.0, ratio=1.0, **values).error == 0.0
 
 
+@pytest.mark.parametrize(
+    ("ratio", "passed", "void"),
+    [
+        (0.79, False, True), (0.8, False, False), (0.89, False, False), (0.9, True, False),
+        (1.1, True, False), (1.11, False, False), (1.25, False, False), (1.26, False, True),
+    ],
+)  # fmt: skip
+def test_the_limits_of_a_ratio_of_norms(ratio, passed, void):
+    from mithridate.weights.hvp import Fidelity
+
+    found = Fidelity(cosine=1.0, ratio=ratio, step=1e-3, moved=0.6, reference="exact")
+    assert (found.passed, found.void) == (passed, void)
+
+
 def test_products_are_symmetric(model):
     oracle, batch = GradientOracle(model), tiny_batch()
     u, v = random_direction(model, 1), random_direction(model, 2)
