@@ -120,7 +120,7 @@ def gate(folder: Path, name: str) -> str:
 
 def test_models_of_other_bipartitions_say_nothing_of_the_mechanism(tmp_path: Path) -> None:
     def claimed(cosine: float, elsewhere: float, harm_elsewhere: float) -> tuple[str, ...]:
-        found = TRUTHS["held"]() + rows("P3", "ablated", (0.8, 0.85))
+        found = TRUTHS["held"]() + rows("P3", "ablated", (0.3, 0.85))
         for one in found:
             one["diagnostics"] = {"cosine_harmful_benign": cosine + one["seed"] / 100}
         other = rows("P3", "defended", (harm_elsewhere, 0.85), domain="out", bipartition=0)
