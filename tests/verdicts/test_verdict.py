@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from mithridate.errors import GateError, InputError
-from mithridate.verdicts import judge_run
+from mithridate.measures.rows import Row, read_measured
+from mithridate.verdicts import judge_measured, judge_run
 from tests.reports.make_run import make_run
 from tests.verdicts.make_battery import CONTROL, FRESH, TRUTHS, cell, lines, row, rows, write
 
@@ -42,6 +44,37 @@ def test_a_seed_written_down_twice_does_not_count_twice(tmp_path: Path) -> None:
     again = {**found[0], "seed": 0.0, "configuration": "", "repair_step": None}
     with pytest.raises(InputError, match="line 25: a second row of P3"):
         judge_run(write(tmp_path / "again", [*found, again]))
+
+
+def test_the_work_of_a_verdict_grows_with_its_attacks_and_not_with_their_square(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looks(attacks: int) -> int:
+        splits = {"fresh": (0,)}
+        found = [
+            one
+            for number in range(attacks)
+            for target in ("undefended", "defended", "base", "ablated")
+            for one in rows(f"A{number}", target, CONTROL, splits=splits)
+        ]
+        measured = read_measured(write(tmp_path / str(attacks), found))
+        count = 0
+
+        class Seen(Row):
+            """A row that counts how often it is asked what it belongs to."""
+
+            def __getattribute__(self, name: str) -> Any:
+                nonlocal count
+                count += name in ("attack", "target", "split", "step")
+                return super().__getattribute__(name)
+
+        own = [Seen(**vars(row)) for row in measured.rows]
+        count = 0
+        judge_measured(dataclasses.replace(measured, rows=tuple(own)))
+        return count
+
+    few, many = looks(10), looks(40)
+    assert many < 4.5 * few
 
 
 def test_a_placebo_defence_is_broken(tmp_path: Path) -> None:

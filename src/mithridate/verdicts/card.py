@@ -206,18 +206,14 @@ def _claim(rows: Sequence[Row], key: str, sign: Sign) -> tuple[str, str]:
 
 def _ablation(measured: Measured) -> tuple[str, str]:
     floor = measured.limits.utility_floor
-    removed = {row.attack for row in measured.rows if row.target == "ablated"}
+    rows: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in measured.rows:
+        if row.bipartition is None:
+            rows[row.attack, row.target].append(row)
     found = []
-    for attack in sorted(removed):
+    for attack in sorted({row.attack for row in measured.rows if row.target == "ablated"}):
         best = [
-            attackers_best(
-                [
-                    row
-                    for row in measured.rows
-                    if (row.attack, row.target) == (attack, target) and row.bipartition is None
-                ],
-                utility_floor=floor,
-            )
+            attackers_best(rows.get((attack, target), ()), utility_floor=floor)
             for target in ("ablated", "defended")
         ]
         if best[0] is not None and best[1] is not None:

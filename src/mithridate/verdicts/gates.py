@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -100,16 +101,12 @@ def _control_there(rows: Sequence[Row]) -> Gate:
             state="withholds",
             what=f"the undefended model was not attacked by {', '.join(missing)}",
         )
+    by_attack: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.domain != "out" and row.bipartition is None:
+            by_attack[row.attack].append(row)
     partly = sorted(
-        attack
-        for attack in attacked["defended"]
-        if unmatched(
-            [
-                row
-                for row in rows
-                if row.attack == attack and row.domain != "out" and row.bipartition is None
-            ]
-        )
+        attack for attack in attacked["defended"] if unmatched(by_attack.get(attack, ()))
     )
     if partly:
         return Gate(

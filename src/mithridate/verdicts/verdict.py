@@ -12,7 +12,7 @@ from mithridate.errors import GateError
 from mithridate.measures.attacker import Best, attackers_best
 from mithridate.measures.rows import Failed, Measured, Row, read_measured
 from mithridate.verdicts import card
-from mithridate.verdicts.cells import Cell, Term, judge_cell, lost_cell, shown, worst
+from mithridate.verdicts.cells import Base, Cell, Term, judge_cell, lost_cell, shown, worst
 from mithridate.verdicts.conditions import (
     Condition,
     generalisation,
@@ -130,10 +130,9 @@ def _cells(rows: Sequence[Row], base_rows: Sequence[Row], measured: Measured) ->
     for one in measured.failed:
         if one.target in ("defended", "undefended"):
             failed[one.attack].append(one)
+    base = Base.of(base_rows, measured.limits)
     cells = [
-        judge_cell(
-            attack, own, base_rows=base_rows, limits=measured.limits, failed=failed.get(attack, ())
-        )
+        judge_cell(attack, own, base=base, limits=measured.limits, failed=failed.get(attack, ()))
         for attack, own in defended.items()
         if any(row.target == "defended" and not row.repair_step for row in own)
     ]
@@ -141,7 +140,7 @@ def _cells(rows: Sequence[Row], base_rows: Sequence[Row], measured: Measured) ->
     families = {entry.id: entry.family for entry in measured.listed}
     lost = failed.keys() - {cell.attack for cell in cells} - elsewhere
     cells += [
-        lost_cell(name, families.get(name, ""), failed=failed[name], base_rows=base_rows)
+        lost_cell(name, families.get(name, ""), failed=failed[name], base=base)
         for name in sorted(lost)
     ]
     return cells
