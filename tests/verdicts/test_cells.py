@@ -283,7 +283,7 @@ def test_what_the_attack_cost_and_how_it_went() -> None:
 def test_harm_kept_at_nine_tenths_of_the_utility_is_told_apart() -> None:
     controls = [probe(step, harm, target="undefended") for step, harm in ((0, 0.0), (9, 0.9))]
     own = [probe(0, 0.0), probe(5, 0.6, 0.76), probe(9, 0.3, 0.82)]
-    cell = judge_cell("P3", [*controls, *own], base_rows=(), limits=LIMITS)
+    cell = judge_cell("P3", [*controls, *own], base=Base.of((), LIMITS), limits=LIMITS)
     assert cell.evidence.kept is not None
     assert cell.kept_at_90 is not None
     assert cell.evidence.kept.estimate == 0.6
