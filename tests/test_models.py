@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from mithridate import models
 from mithridate.errors import InputError
-from mithridate.model_folders import check_model_folder, count_parameters
+from mithridate.model_folders import adapter_parameters, check_model_folder, count_parameters
+from mithridate.training.lora import attach_lora
+from tests.training.tiny_world import tiny_model
 
 
 @pytest.fixture
@@ -82,6 +84,41 @@ def test_path_that_is_not_there_is_not_looked_up_on_the_hub() -> None:
 def test_folder_that_transformers_cannot_load_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         models.load(str(folder))
+
+
+def test_an_adapter_needs_its_own_disk_and_one_merged_model() -> None:
+    whole = models.requirements(10**9, copies=4, checkpoints=2)
+    light = models.requirements(10**9, copies=1, checkpoints=2, adapter=10**6)
+    assert whole.disk == 4 * 10**9 * (1 + 3 * 2)
+    assert light.disk == 4 * 10**9 + 4 * 10**6 * (1 + 3 * 2)
+    assert light.memory < 0.3 * whole.memory
+
+
+def test_an_adapter_is_counted_on_every_matrix() -> None:
+    model = attach_lora(tiny_model(), rank=3, seed=0)
+    held = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    blocks = [tuple(p.shape) for p in tiny_model().model.layers.parameters()]
+    assert adapter_parameters(blocks, 3) == held
+    assert adapter_parameters([(5, 4, 6)], 2) == 5 * 2 * (4 + 6)
+
+
+def test_where_there_is_an_accelerator_its_memory_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = models.requirements(10**9, copies=5, checkpoints=0)
+    monkeypatch.setattr(models, "free_space", lambda path: 2**60)
+    monkeypatch.setattr(models, "available_memory", lambda: 6 * 2**30)
+    with pytest.raises(InputError, match="too little memory: "):
+        models.check_room(needed, tmp_path)
+    monkeypatch.setattr(models, "accelerator_memory", lambda: 80 * 2**30)
+    models.check_room(needed, tmp_path)
+    monkeypatch.setattr(models, "accelerator_memory", lambda: 8 * 2**30)
+    with pytest.raises(InputError, match="too little memory on the accelerator"):
+        models.check_room(needed, tmp_path)
+    monkeypatch.setattr(models, "accelerator_memory", lambda: 80 * 2**30)
+    monkeypatch.setattr(models, "available_memory", lambda: 2 * 2**30)
+    with pytest.raises(InputError, match="too little memory: "):
+        models.check_room(needed, tmp_path)
 
 
 def test_room_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,27 @@ def test_immunised_folder_loads_and_says_what_was_done(world: Path, tmp_path: Pa
     assert resolved["training"]["steps"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:--general not given", "ignore:sft does not use")
+@pytest.mark.parametrize("chosen", [None, "float32"])
+def test_a_release_has_the_type_of_its_source_or_the_one_that_is_asked_for(
+    world: Path, tmp_path: Path, chosen: str | None
+) -> None:
+    source, config = tmp_path / "bf16", tmp_path / "run.yaml"
+    AutoModelForCausalLM.from_pretrained(world / "model").bfloat16().save_pretrained(source)
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(source)
+    config.write_text(f"training: {{save_dtype: {chosen or 'null'}}}")
+    plan = immunisation(world, tmp_path / "run", model=str(source), config=config)
+    document = run_immunisation(plan)
+    wanted = chosen or "bfloat16"
+    released = AutoModelForCausalLM.from_pretrained(document["model"], dtype="auto")
+    assert {str(p.dtype) for p in released.parameters()} == {f"torch.{wanted}"}
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert resolved["training"]["save_dtype"] == wanted
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["dtype"] == wanted
+    assert (manifest["rounding_difference"] > 0) == (chosen is None)
+
+
 def test_streams_that_serve_nobody_or_stand_in_are_said(world: Path, tmp_path: Path) -> None:
     with (
         pytest.warns(UserWarning, match="stream benign serves as general"),
