@@ -14,7 +14,7 @@ EXTRAS := atlas audit embeddings search trl dev
 TORCH := $(shell grep -o '^torch==[^ ]*' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest test-slow bench bench-methods claims lint format clean
+.PHONY: help setup demo test test-lowest test-slow bench bench-methods claims mutants lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,11 @@ bench-methods: $(STAMP) ## every method under one protocol, for hours (ARGS="--t
 
 claims: $(STAMP) ## hold published claims against measurements (TESTBED=atlas)
 	$(BIN)/python benchmarks/claims.py --testbed $(TESTBED) --page docs/claims$(patsubst %,-%,$(filter-out lattice,$(TESTBED))).md $(ARGS)
+
+mutants: $(STAMP) ## change the code and see that a test dies (ARGS="mithridate.verdicts.card*")
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(WORKERS) $(ARGS)
+	$(BIN)/mutmut results
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -55,7 +55,7 @@ def test_wilson_agrees_with_scipy(successes: int, n: int) -> None:
 
 
 def test_wilson_refuses_what_is_no_share() -> None:
-    for successes, n in ((1, 0), (-1, 4), (5, 4)):
+    for successes, n in ((0, 0), (1, 0), (-1, 4), (5, 4)):
         with pytest.raises(ValueError, match="no share"):
             wilson(successes, n)
 
@@ -63,13 +63,16 @@ def test_wilson_refuses_what_is_no_share() -> None:
 def test_collapse() -> None:
     assert collapse(0.5, before=1.0, chance=0.5) == 1
     assert collapse(0.75, before=1.0, chance=0.5) == 0.5
+    assert collapse(0.0, before=0.1) == 1
     with pytest.raises(ValueError, match="near chance"):
         collapse(0.5, before=0.55, chance=0.5)
 
 
 def test_break_step_is_censored_not_infinite() -> None:
     assert break_step(ROWS, threshold=0.25, reference_utility=1.0) == 5
+    assert break_step(ROWS, threshold=0.3, reference_utility=1.0) == 5
     assert break_step(ROWS, threshold=0.5, reference_utility=1.0) is None
+    assert break_step(ROWS, threshold=0.5, reference_utility=1.0, utility_floor=0.7) == 10
 
 
 def test_area_under_harm() -> None:
