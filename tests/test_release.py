@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from mithridate.errors import InputError, RunStoppedError
 from mithridate.files import sha256_file
-from mithridate.release import round_weights, save_release, weights_hash
+from mithridate.release import round_weights, sampled, save_release, weights_hash
 from mithridate.training.lora import attach_lora
 from tests.training.tiny_world import tiny_model, tiny_tokenizer
 
@@ -106,6 +106,20 @@ def test_a_release_in_a_narrow_type_is_what_is_handed_back(tmp_path, dtype):
     other = tiny_model()
     round_weights(other, dtype)
     assert weights_hash(other) == weights_hash(release.model)
+
+
+@pytest.mark.parametrize(("step", "away"), [(1e-6, 1.0), (1e-2, 0.0)])
+def test_what_rounding_takes_back_is_counted(tmp_path, step, away):
+    model = tiny_model()
+    round_weights(model, "bfloat16")
+    start = sampled(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + step)
+    release = save_release(
+        model, tiny_tokenizer(), tmp_path / "model", dtype="bfloat16", start=start
+    )
+    assert release.rounded_away == pytest.approx(away, abs=0.05)
 
 
 def test_a_weight_too_large_for_the_type_is_named(tmp_path):

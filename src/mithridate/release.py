@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -49,6 +50,8 @@ class Release:
         Name of the type of its weights.
     rounding_difference
         Largest difference that rounding to that type made to the same logits.
+    rounded_away
+        Share of the weights that training moved which rounding put back where they started.
     """
 
     model: PreTrainedModel
@@ -57,6 +60,7 @@ class Release:
     merge_difference: float
     dtype: str
     rounding_difference: float
+    rounded_away: float
 
 
 def save_release(
@@ -65,6 +69,7 @@ def save_release(
     folder: Path,
     *,
     dtype: str | None = None,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> Release:
     """Write ``model`` and ``tokenizer`` to ``folder``, replacing what is there, atomically.
 
@@ -75,6 +80,8 @@ def save_release(
     ----------
     dtype
         One of `DTYPES` to write the weights in; ``None`` writes them as they are.
+    start
+        `sampled` weights from before training, to see what of it rounding leaves.
 
     Raises
     ------
@@ -83,9 +90,10 @@ def save_release(
     """
     plain, difference = merged(model, tokenizer)
     own = next(plain.parameters()).dtype
-    moved = 0.0
+    moved = away = 0.0
     if dtype is not None and DTYPES[dtype] != own:
         before = _probe_logits(plain, tokenizer)
+        trained = sampled(plain)
         _convert(plain, DTYPES[dtype])
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,6 +102,7 @@ def save_release(
     if dtype is not None and DTYPES[dtype] != own:
         _convert(plain, own)
         moved = float((_probe_logits(plain, tokenizer) - before).abs().max())
+        away = _rounded_away(start or {}, trained, sampled(plain))
     tokenizer.save_pretrained(partial)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in [*files, partial]:
@@ -116,6 +125,7 @@ def save_release(
         merge_difference=difference,
         dtype=dtype or str(own).removeprefix("torch."),
         rounding_difference=moved,
+        rounded_away=away,
     )
 
 
@@ -161,6 +171,28 @@ def merged(
             "lora_targets, or plant in all weights"
         )
     return plain, float(moved.max())
+
+
+def sampled(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return up to a thousand numbers of every weight, by its name."""
+    return {
+        name: weight.detach().flatten()[:: max(1, weight.numel() // 1000)].clone()
+        for name, weight in model.named_parameters()
+    }
+
+
+def _rounded_away(
+    start: Mapping[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor],
+    stored: Mapping[str, torch.Tensor],
+) -> float:
+    moved = back = 0
+    for name in start.keys() & trained.keys():
+        begin = start[name].to(trained[name])
+        changed = trained[name] != begin
+        moved += int(changed.sum())
+        back += int((changed & (stored[name] == begin)).sum())
+    return back / moved if moved else 0.0
 
 
 def round_weights(model: PreTrainedModel, dtype: str | None) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mithridate import models
 from mithridate.audit import coverage, drift, gates, labels, leakage
 from mithridate.audit.duplicates import Bounds, Overlaps
 from mithridate.audit.sets import AuditSet, Vectors, audit_set, embed, summary_of
@@ -185,6 +186,9 @@ def run_audit(plan: AuditPlan, *, on_event: Listener = silent) -> dict[str, Any]
     """
     config = read_settings(plan)
     _check_plan(plan)
+    for source in (plan.model, plan.reference):
+        if source is not None:
+            models.check(source)
     with run_folder(plan.output_dir):
         return _run(plan, config, on_event)
 
@@ -508,7 +512,6 @@ def _exposure(
     plan: AuditPlan, material: _Material, config: AuditConfig, on_event: Listener
 ) -> dict[str, Any]:
     """Return the exposure of model and reference, before and after a short relearning."""
-    from mithridate import models
     from mithridate.attacks.finetune import FinetuneConfig, finetune
     from mithridate.chat import ChatFormat
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -41,7 +42,7 @@ from mithridate.examples import Example, fingerprint, with_shuffled_answers
 from mithridate.files import sha256_of, write_json
 from mithridate.folders import run_folder
 from mithridate.methods import Method, RunContext
-from mithridate.release import merged, round_weights, save_release, weights_hash
+from mithridate.release import merged, round_weights, sampled, save_release, weights_hash
 from mithridate.training.checkpoints import discard_all_but, seal, step_of
 from mithridate.training.config import TrainingConfig
 from mithridate.training.launch import refuse_unsupported_launch, stop_on_signal
@@ -56,6 +57,7 @@ from mithridate.weights import GradientOracle, PassCount
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_MOST_ROUNDED_AWAY = 0.2
 _STATE = "run_state.json"
 _METHOD_STATE = "method.safetensors"
 
@@ -372,6 +374,7 @@ def _immunise(
     method.check_tokenizer(model, tokenizer)
     starting_mode = model.training
     use_cache = getattr(model.config, "use_cache", None)
+    start = sampled(model)
     plain: PreTrainedModel | PeftModel = model
     if config.lora_rank is not None:
         plain = attach_lora(
@@ -442,7 +445,16 @@ def _immunise(
         else:
             if config.lora_rank is not None:
                 plain.save_pretrained(str(folder.adapter))
-            release = save_release(plain, tokenizer, folder.model, dtype=config.save_dtype)
+            release = save_release(
+                plain, tokenizer, folder.model, dtype=config.save_dtype, start=start
+            )
+            if release.rounded_away > _MOST_ROUNDED_AWAY:
+                warnings.warn(
+                    f"{release.rounded_away:.0%} of the weights that training moved are back where "
+                    f"they were once stored in {release.dtype}: the release may lack what was "
+                    "planted; set training.save_dtype to float32",
+                    stacklevel=2,
+                )
             final = release.model
             folder.finish(
                 preparation=preparation,
@@ -452,6 +464,7 @@ def _immunise(
                 dtype=release.dtype,
                 merge_difference=release.merge_difference,
                 rounding_difference=release.rounding_difference,
+                rounded_away=release.rounded_away,
             )
     except RunStoppedError as error:
         raise folder.stopped(main, error) from None
