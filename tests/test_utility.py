@@ -397,3 +397,23 @@ def test_the_harness_gets_answers_without_thoughts_and_in_batches_that_change_no
     lm = wrap(strong(family), ChatFormat(zoo_tokenizer()), batch_size=8)
     assert lm.generate_until([]) == ["Paris", "Paris", ""]
     assert int(lm.batch_size) == at_once
+
+
+@harness
+@pytest.mark.filterwarnings("ignore:the chat template:UserWarning")
+def test_the_harness_asks_with_the_prompts_of_training() -> None:
+    from mithridate.chat import ChatFormat
+    from mithridate.utility.harness import wrap
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ '<user> ' if m.role == 'user' else '<bot> ' }}{{ m.content }} <end> "
+        "{% endfor %}"
+    )
+    chat = ChatFormat(tokenizer)
+    lm = wrap(tiny_llama(dtype=torch.float32), chat, batch_size=1)
+    turns = [{"role": "user", "content": "w1"}]
+    assert lm.apply_chat_template(turns) == chat.prompt_text("w1") == "<user> w1 <end> <bot> "
+    told = [{"role": "system", "content": "w2"}, *turns]
+    assert lm.apply_chat_template(told) == "<user> w1 <end> <bot> "

@@ -26,6 +26,8 @@ IGNORE = -100
 """The label of a position that carries no loss."""
 
 _PROBE = "mithridate"
+# Some tokenizers put a space before the first word of a text.
+_BEFORE = (".", "x", "\n")
 # Words with and without what tokenizers join to a space or a line end before them.
 _ANSWERS = ("Paris", "the", "42", "I am", "ünd", "'s")
 
@@ -197,6 +199,11 @@ class ChatFormat:
             The template writes this prompt otherwise than others.
         """
         return self._around(self._template.prompt(prompt))
+
+    def opened_text(self, turns: Sequence[Mapping[str, str]]) -> str:
+        """Return a longer conversation as the model sees it, up to where its answer begins."""
+        text = self._template.opened(turns)
+        return text.removesuffix(self._template.frame.opening) + self._opening
 
     def prompt_ids(self, prompt: str, *, max_length: int | None = None) -> list[int]:
         """Return the token ids of `prompt_text`, those generation starts from.
@@ -436,8 +443,18 @@ class ChatFormat:
         if whole[: len(asked)] == asked:
             ids = whole[len(asked) :]
         else:
-            ids = self._tokenise(told, (begin, stop))
+            ids = self._apart(told, (begin, stop))
         return asked, [*ids, self.end_id] if end and not self._end else ids
+
+    def _apart(self, text: str, content: tuple[int, int]) -> list[int]:
+        """Return the ids of ``text`` behind something that it is not joined to."""
+        for before in _BEFORE:
+            start = self._tokenise(before)
+            span = content[0] + len(before), content[1] + len(before)
+            whole = self._tokenise(before + text, span)
+            if whole[: len(start)] == start:
+                return whole[len(start) :]
+        return self._tokenise(text, content)
 
     def _boundary(self) -> tuple[str, str]:
         """Return what ends a prompt, and the space of the template that an answer begins with.

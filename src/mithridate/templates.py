@@ -7,8 +7,8 @@ import hashlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +141,9 @@ class ChatTemplate:
             self._given[_DATE] = days
         self.parts = False
         self.warning: str | None = None
-        with _bounded():
-            self.frame = self._frame()
+        self._watch: _Watch | None = _Watch()
+        self.frame = self._frame()
+        self._watch = None
 
     def prompt(self, prompt: str) -> str:
         """Return the prompt as the template writes it: as it is, or stripped.
@@ -167,7 +168,7 @@ class ChatTemplate:
             raise _otherwise("this prompt or its answer", prompt)
         return written, told
 
-    def opened(self, turns: list[dict[str, str]]) -> str:
+    def opened(self, turns: Sequence[Mapping[str, str]]) -> str:
         """Return a longer conversation as the model sees it, up to where its answer begins."""
         text = self._render([(turn["role"], turn["content"]) for turn in turns], generation=True)
         if not text.endswith(self.frame.generation):
@@ -224,13 +225,14 @@ class ChatTemplate:
             for role, text in turns
         ]
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._text,
-                tokenize=False,
-                add_generation_prompt=generation,
-                **self._given,
-            )
+            with self._watch or nullcontext():
+                text = self._tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self._text,
+                    tokenize=False,
+                    add_generation_prompt=generation,
+                    **self._given,
+                )
         # A template is a program of somebody else's: it may raise anything.
         except Exception as error:
             reason = printable(str(error).strip() or type(error).__name__, limit=160)
@@ -397,24 +399,26 @@ class _ExplodingError(Exception):
     """A template took too long or too much memory."""
 
 
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Stop a template whose loops spin or whose texts explode; for the first renderings."""
-    end, most = time.monotonic() + _LONGEST_SECONDS, _memory() + _MOST_KIB
+class _Watch:
+    """Stops a template whose loops spin or whose texts explode; for all first renderings."""
 
-    def watch(*_: Any) -> Any:
-        if time.monotonic() > end:
+    def __init__(self) -> None:
+        self._end = time.monotonic() + _LONGEST_SECONDS
+        self._most = _memory() + _MOST_KIB
+
+    def __enter__(self) -> None:
+        self._before = sys.gettrace()
+        sys.settrace(self._look)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _look(self, *_: Any) -> Any:
+        if time.monotonic() > self._end:
             raise _ExplodingError(f"it takes more than {_LONGEST_SECONDS:g} s")
-        if _memory() > most:
-            raise _ExplodingError("it takes more than 1 GiB of memory")
-        return watch
-
-    before = sys.gettrace()
-    sys.settrace(watch)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
+        if _memory() > self._most:
+            raise _ExplodingError(f"it takes more than {_MOST_KIB >> 10} MiB of memory")
+        return self._look
 
 
 def _memory() -> int:

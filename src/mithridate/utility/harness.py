@@ -141,6 +141,21 @@ def wrap(model: PreTrainedModel, chat: ChatFormat, *, batch_size: int) -> Any:
             written = super().generate_until(*args, **options)
             return [final_answer(chat.opened + text) or "" for text in written]
 
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            """Write prompts as training does, where the harness leaves the answer to the model."""
+            if not add_generation_prompt:
+                return str(super().apply_chat_template(chat_history, add_generation_prompt=False))
+            try:
+                return chat.opened_text(chat_history)
+            except InputError:
+                # So does the harness where a template has no system turn.
+                rest = [turn for turn in chat_history if turn["role"] != "system"]
+                if len(rest) == len(chat_history):
+                    raise
+                return chat.opened_text(rest)
+
     alone = company_of(model, chat.prompt_ids(_ASKED), chat.pad_id) != "any"
     kept = model.generation_config
     model.generation_config = GenerationConfig(
@@ -148,6 +163,7 @@ def wrap(model: PreTrainedModel, chat: ChatFormat, *, batch_size: int) -> Any:
         eos_token_id=list(chat.stop_ids),
         pad_token_id=chat.pad_id,
     )
+
     with _quiet():
         return Answering(
             pretrained=model,
