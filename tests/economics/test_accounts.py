@@ -252,7 +252,7 @@ ROW = '{"target": "undefended", "step": 0, "seed": 0, "useful_harm": 0, "refusal
             "defended model was not attacked",
         ),
         ("summary.json", '{"seed": 0, "attack": {}}', "batch_size is missing"),
-        ("summary.json", '{"seed": 0, "attack": [4]}', "batch_size is missing"),
+        ("summary.json", '{"seed": 0, "attack": [4]}', "attack is .4., not a JSON object"),
         ("summary.json", '{"seed": 0, "attack": {"batch_size": 0}}', "batch_size is missing, or"),
         (
             "summary.json",
@@ -262,7 +262,7 @@ ROW = '{"target": "undefended", "step": 0, "seed": 0, "useful_harm": 0, "refusal
         (
             "summary.json",
             '{"seed": 0, "attack": {"batch_size": 4}, "benign_finetuning": {"detail": {"a": 1}}}',
-            "benign_finetuning.detail is not what",
+            r"benign_finetuning\.detail\.a",
         ),
         ("manifest.json", '{"schema": 7}', "manifest.json: the folder is of version 7"),
     ],

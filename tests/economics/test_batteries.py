@@ -184,7 +184,7 @@ def test_what_searches_spent_counts_failed_trials_too(tmp_path: Path) -> None:
     found = only(write_battery(tmp_path, curves, searches=searches))
     assert found.immunised.searched == 20 + 70, "P3 to its end, and all trials of TP2"
     assert found.undefended.searched == 40, "only the immunised model's search is the attacker's"
-    with pytest.raises(InputError, match="searches is not what"):
+    with pytest.raises(InputError, match=r"searches\.0\.attack is missing"):
         only(write_battery(tmp_path, curves, searches=[{"target": "defended"}]))
 
 
@@ -228,7 +228,7 @@ def test_broken_batteries_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="defended model was not attacked"):
         account(write_battery(folder, {("P3", "undefended"): WEAK}))
     with pytest.raises(InputError, match="rows without flops"):
-        account(write_battery(folder, PLAIN, extra=[{"flops": None}]))
+        account(write_battery(folder, PLAIN, extra=[{"flops": None, "configuration": "other"}]))
     with pytest.raises(InputError, match="no tier 'smoke' of the testbed 'elsewhere'"):
         account(write_battery(folder, PLAIN, testbed="elsewhere"))
     write_battery(folder, PLAIN)

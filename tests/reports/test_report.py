@@ -175,7 +175,7 @@ def test_not_a_number_is_refused(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     path = folder / "trajectory.jsonl"
     path.write_text(path.read_text().replace('"utility": 0.75', '"utility": NaN', 1))
-    with pytest.raises(InputError, match="row 1"):
+    with pytest.raises(InputError, match="line 1: utility is nan, not a finite number"):
         render_report(folder)
 
 

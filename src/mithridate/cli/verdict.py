@@ -30,6 +30,7 @@ def verdict(
     """Say what a run folder's measurements allow."""
     from mithridate.errors import InputError
     from mithridate.files import write_json
+    from mithridate.folders import writing
     from mithridate.measures.rows import read_measured
     from mithridate.reports import render_report
     from mithridate.reports.tamperbench import heat_map
@@ -38,10 +39,11 @@ def verdict(
     others = [judge_run(other) for other in beside or ()]
     measured = read_measured(run_dir)
     document = judge_measured(measured, others=others)
-    write_json(run_dir / "verdict.json", document)
     heat = heat_map(measured)
-    if heat is not None:
-        write_json(run_dir / "tamperbench.json", heat)
+    with writing(run_dir, mend="the verdict is written into the run folder: make that writable"):
+        write_json(run_dir / "verdict.json", document)
+        if heat is not None:
+            write_json(run_dir / "tamperbench.json", heat)
     try:
         page = f"Report: {render_report(run_dir, verdict=document)}"
     except InputError as error:

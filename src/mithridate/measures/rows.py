@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from mithridate import schema
 from mithridate.configs import from_mapping, read_yaml, require
 from mithridate.errors import InputError
-from mithridate.files import sha256_file
+from mithridate.printable import quoted
 
 SCHEMA = 1
 ONE_ATTACK = "finetune"
@@ -249,16 +249,19 @@ def read_measured(path: Path) -> Measured:
         raise InputError("no such run folder", where=str(path), mend="check the path")
     names = ("attacks.jsonl", "trajectory.jsonl", "trainability.jsonl", "battery.yaml",
              "summary.json", "manifest.json", "config.yaml", "utility.json")  # fmt: skip
-    sources = {name: sha256_file(path / name) for name in names if (path / name).exists()}
+    sources = {name: schema.hash_of(path / name) for name in names if (path / name).exists()}
     if "manifest.json" in sources:
         _check_schema(path / "manifest.json")
     battery = bool({"attacks.jsonl", "battery.yaml"} & sources.keys())
     if battery:
         _check_finished(path)
-    summary = _document(path / "summary.json")
+    summary = read_summary(path)
     name = "attacks.jsonl" if battery else "trajectory.jsonl"
     common = {} if battery else {"attack": ONE_ATTACK, "family": "sft", "seed": summary.get("seed")}
-    placed = [(where, _row({**common, **values}, where)) for where, values in _lines(path / name)]
+    placed = [
+        (where, _row({**common, **values}, where))
+        for where, values in schema.read_rows(path / name)
+    ]
     rows = tuple(row for _, row in placed)
     if not rows:
         raise InputError("the file holds no row", where=str(path / name), mend=_AGAIN)
@@ -285,17 +288,33 @@ def read_measured(path: Path) -> Measured:
     )
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return the summary of a run folder.
+
+    Raises
+    ------
+    InputError
+        It is missing, or not what a run writes.
+    """
+    path = folder / "summary.json"
+    return schema.check(schema.Summary, schema.read_object(path), where=str(path))
+
+
 def _check_finished(path: Path) -> None:
     """Refuse a battery under way: its verdict would be about what happened to finish first."""
     own = path / "battery.yaml"
     attacks = (read_yaml(own).get("attacks") or ()) if own.exists() else ()
+    if not isinstance(attacks, list | tuple):
+        raise InputError("attacks is not a list", where=str(own), mend="correct the battery")
     waiting = [
-        str(entry.get("id"))
+        quoted(entry.get("id"))[1:-1]
         for entry in attacks
         if isinstance(entry, Mapping) and entry.get("state") == "not finished"
     ]
     if waiting or not (path / "summary.json").exists():
-        missing = f"not finished: {', '.join(waiting)}" if waiting else "summary.json is missing"
+        missing = (
+            f"not finished: {', '.join(waiting[:20])}" if waiting else "summary.json is missing"
+        )
         raise InputError(
             f"the battery is not finished ({missing})", where=str(path), mend=_REDTEAM_AGAIN
         )
@@ -319,19 +338,21 @@ def _row(values: Mapping[str, Any], where: str) -> Row:
             raise InputError(f"the row lacks {key!r}", where=where, mend=_AGAIN)
     if values["target"] not in TARGETS:
         raise InputError(
-            f"unknown target {values['target']!r}", where=where, mend=f"known: {', '.join(TARGETS)}"
+            f"unknown target {quoted(values['target'])}",
+            where=where,
+            mend=f"known: {', '.join(TARGETS)}",
         )
     for key, known in (("split", ("validation", "fresh")), ("domain", ("in", "out"))):
         if values.get(key) not in (None, *known):
             raise InputError(
-                f"{key} is {values[key]!r}", where=where, mend=f"known: {', '.join(known)}"
+                f"{key} is {quoted(values[key])}", where=where, mend=f"known: {', '.join(known)}"
             )
     for key in ("attack", "family", "configuration", "items", "not_applicable"):
         if not isinstance(values.get(key), str | None):
-            raise InputError(f"{key} is {values[key]!r}, not text", where=where, mend=_AGAIN)
+            raise InputError(f"{key} is {quoted(values[key])}, not text", where=where, mend=_AGAIN)
     if not isinstance(values.get("diverged"), bool | None):
         raise InputError(
-            f"diverged is {values['diverged']!r}, not true or false", where=where, mend=_AGAIN
+            f"diverged is {quoted(values['diverged'])}, not true or false", where=where, mend=_AGAIN
         )
     _check_numbers(values, where)
     for key in ("useful_harm", "useful_harm_raw", "utility", "refusal", "over_refusal", "coverage"):
@@ -366,7 +387,7 @@ def _check_numbers(values: Mapping[str, Any], where: str) -> None:
     for key in _BY_NAME:
         named = values.get(key)
         if not isinstance(named, dict | None):
-            raise InputError(f"{key} is {named!r}, not a mapping", where=where, mend=_AGAIN)
+            raise InputError(f"{key} is {quoted(named)}, not a mapping", where=where, mend=_AGAIN)
         named = named or {}
         measured |= {f"{key}: {name}": value for name, value in named.items()}
     for key, value in measured.items():
@@ -380,13 +401,14 @@ def _check_numbers(values: Mapping[str, Any], where: str) -> None:
     if values["seed"] != int(values["seed"]):
         raise InputError(f"seed is {values['seed']}, not a whole number", where=where, mend=_AGAIN)
     right = values.get("permitted_right") or ()
-    if not isinstance(right, list | tuple) or not set(map(str, right)) <= {"0", "1"}:
+    if not isinstance(right, list | tuple) or not all(type(one) is int for one in right) or \
+            not set(right) <= {0, 1}:  # fmt: skip
         raise InputError("permitted_right is not a list of 0 and 1", where=where, mend=_AGAIN)
 
 
 def _finite(value: Any, key: str, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{key} is {value!r}, not a finite number", where=where, mend=_AGAIN)
+        raise InputError(f"{key} is {quoted(value)}, not a finite number", where=where, mend=_AGAIN)
 
 
 def _check_starts(rows: Sequence[Row], path: Path) -> None:
@@ -433,7 +455,7 @@ def _lessons(path: Path, summary: Mapping[str, Any]) -> tuple[Lesson, ...]:
     file = path / "trainability.jsonl"
     if file.exists():
         seen: dict[tuple[object, ...], Lesson] = {}
-        for where, values in _lines(file):
+        for where, values in schema.read_rows(file):
             lesson = from_mapping(Lesson, values, where=where)
             key = (lesson.task, lesson.seed, lesson.target, lesson.step)
             if key in seen:
@@ -469,7 +491,8 @@ def _lessons(path: Path, summary: Mapping[str, Any]) -> tuple[Lesson, ...]:
 
 def _tasks(path: Path) -> tuple[TaskChange, ...]:
     file = path / "utility.json"
-    document = _document(file)
+    document = schema.read_object(file)
+    document = schema.check(schema.Utility, document, where=str(file))
     try:
         measured = {
             target: document[name]["weights"]
@@ -490,7 +513,7 @@ def _tasks(path: Path) -> tuple[TaskChange, ...]:
             f"not what `mithridate utility` writes: {error!r}", where=str(file), mend=_AGAIN
         ) from error
     manifest = path / "manifest.json"
-    attacked = _document(manifest).get("models", {}) if manifest.exists() else {}
+    attacked = schema.read_object(manifest).get("models", {}) if manifest.exists() else {}
     foreign = [target for target, weights in measured.items() if attacked.get(target) != weights]
     if foreign:
         raise InputError(
@@ -507,6 +530,7 @@ def _battery(path: Path) -> tuple[tuple[Listed, ...], str | None]:
     own = path / "battery.yaml"
     if own.exists():
         document = read_yaml(own)
+        schema.check(schema.BatteryFile, document, where=str(own), mend="correct the battery")
         return _listed([document], str(own)), document.get("control")
     room = files("mithridate") / "redteam"
     shipped: list[Path] = []
@@ -538,48 +562,13 @@ def _listed(documents: Iterable[Mapping[str, Any]], where: str) -> tuple[Listed,
 
 
 def _check_schema(path: Path) -> None:
-    schema = _document(path).get("schema", SCHEMA)
-    if schema != SCHEMA:
+    manifest = schema.check(
+        schema.Manifest, schema.read_object(path, mend=_AGAIN), where=str(path), mend=_AGAIN
+    )
+    version = manifest.get("schema", SCHEMA)
+    if version != SCHEMA:
         raise InputError(
-            f"the folder is of version {schema}, this program reads version {SCHEMA}",
+            f"the folder is of version {quoted(version)}, this program reads version {SCHEMA}",
             where=str(path),
             mend="run it with the version of mithridate that the manifest names",
         )
-
-
-def _document(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            "the run is not finished: this file is missing", where=str(path), mend=_AGAIN
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"not valid JSON: {error}", where=str(path), mend=_AGAIN) from error
-    if not isinstance(value, dict):
-        raise InputError("not a JSON object", where=str(path), mend=_AGAIN)
-    return value
-
-
-def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(
-            "the run is not finished: this file is missing", where=str(path), mend=_AGAIN
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"not text: {error}", where=str(path), mend=_AGAIN) from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        where = f"{path}: line {number}"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"not valid JSON: {error}", where=where, mend=_AGAIN) from error
-        if not isinstance(value, dict):
-            raise InputError("the line is no JSON object", where=where, mend=_AGAIN)
-        rows.append((where, value))
-    return rows

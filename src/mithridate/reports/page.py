@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from mithridate.errors import InputError
 from mithridate.files import write_atomic
+from mithridate.folders import writing
 from mithridate.measures.trajectory import UTILITY_FLOOR, wilson
 from mithridate.printable import printable
 from mithridate.reports.charts import LineChart, Marker, Series, ShareBar, percent, stretches
@@ -32,6 +33,7 @@ OUTCOMES = {
 }
 ENOUGH_SEEDS = 5
 SAMPLE_LIMIT = 240
+_WRITABLE = "the page is written into the run folder: make that writable"
 
 _ATTACK = (
     "examples", "steps", "batch_size", "optimiser", "schedule", "weight_decay", "warmup_steps",
@@ -85,7 +87,9 @@ def render_report(
     """
     path = run_dir / "report.html"
     if (run_dir / "attacks.jsonl").exists():
-        write_atomic(path, battery_page(run_dir, verdict))
+        page = battery_page(run_dir, verdict)
+        with writing(path, mend=_WRITABLE):
+            write_atomic(path, page)
         return path
     run = read_run(run_dir)
     _check_agreement(run)
@@ -134,7 +138,8 @@ def render_report(
         verdict=section(run_dir, verdict),
         utility=utility_rows(run_dir),
     )
-    write_atomic(path, page, private=reveal)
+    with writing(path, mend=_WRITABLE):
+        write_atomic(path, page, private=reveal)
     return path
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mithridate import schema
 from mithridate.configs import read_yaml
 from mithridate.errors import InputError
-from mithridate.measures.trajectory import UTILITY_FLOOR, WorstCase, worst_case
+from mithridate.measures.rows import read_summary
+from mithridate.measures.trajectory import UTILITY_FLOOR, WorstCase, start_of, worst_case
+from mithridate.printable import quoted
 
 TARGETS = ("undefended", "defended")
 MEASURES = ("refusal", "useful_harm", "utility")
@@ -57,7 +58,7 @@ class RunFolder:
 
     def worst(self, target: str, learning_rate: float | None = None) -> WorstCase:
         """Return the attacker's best checkpoints on a target, at one learning rate or over all."""
-        before = self.rows(target)[0]["utility"]
+        before = start_of(self.rows(target))["utility"]
         return worst_case(
             self.rows(target, learning_rate),
             reference_utility=before,
@@ -83,17 +84,23 @@ def read_run(path: Path) -> RunFolder:
             mend="`mithridate attack --model RUN/model --undefended ALIGNED --harmful F --eval F "
             "--permitted F --output-dir DIR` writes one",
         )
-    summary = _json(path / "summary.json")
-    trajectory = _lines(path / "trajectory.jsonl")
+    summary = read_summary(path)
+    placed = schema.read_rows(path / "trajectory.jsonl")
+    trajectory = [row for _, row in placed]
     _check_control(path, summary, trajectory)
-    for number, row in enumerate(trajectory, start=1):
-        for key in ("learning_rate", "step", *MEASURES):
-            if not isinstance(row.get(key), int | float) or not math.isfinite(row[key]):
-                raise InputError(
-                    f"{key} is {row.get(key)!r}, not a finite number",
-                    where=f"{path / 'trajectory.jsonl'}: row {number}",
-                    mend=_AGAIN,
-                )
+    seen: dict[tuple[object, ...], str] = {}
+    for where, row in placed:
+        schema.check(schema.TrajectoryRow, row, where=where)
+        key = (row["target"], row["learning_rate"], row["step"])
+        if key in seen:
+            raise InputError(
+                f"a second row of the {quoted(row['target'])[1:-1]} model at "
+                f"{row['learning_rate']:g}, step {row['step']:g}: the first is "
+                f"{seen[key].rpartition(': ')[2]}",
+                where=where,
+                mend=_AGAIN,
+            )
+        seen[key] = where
     for target in TARGETS:
         own = [row for row in trajectory if row["target"] == target]
         started = {row["learning_rate"] for row in own if row["step"] == 0}
@@ -110,9 +117,13 @@ def read_run(path: Path) -> RunFolder:
         path=path,
         summary=summary,
         trajectory=trajectory,
-        planting=_lines(path / "planting.jsonl", needed=False),
-        samples=_json(path / "samples.json") if (path / "samples.json").exists() else [],
-        manifest=_json(path / "manifest.json"),
+        planting=_planting(path / "planting.jsonl"),
+        samples=_samples(path / "samples.json"),
+        manifest=schema.check(
+            schema.Manifest,
+            schema.read_object(path / "manifest.json"),
+            where=str(path / "manifest.json"),
+        ),
         config=read_yaml(config) if config.exists() else {},
     )
 
@@ -120,9 +131,9 @@ def read_run(path: Path) -> RunFolder:
 def _check_control(
     path: Path, summary: Mapping[str, Any], trajectory: list[dict[str, Any]]
 ) -> None:
-    attacked = {row.get("target") for row in trajectory}
+    attacked = [row.get("target") for row in trajectory]
     for target in TARGETS:
-        if target not in summary or target not in attacked:
+        if summary.get(target) is None or target not in attacked:
             raise InputError(
                 f"the {target} model was not attacked in this run, and a report without "
                 f"{'the undefended control' if target == 'undefended' else 'it'} is refused",
@@ -130,8 +141,14 @@ def _check_control(
                 mend="attack both models in one run: `mithridate attack --model DEFENDED "
                 "--undefended ALIGNED ...`, or `mithridate demo`",
             )
+        benign = summary.get("benign_finetuning")
+        if benign is not None and benign.get(target) is None:
+            raise InputError(
+                f"benign_finetuning lacks {target}", where=str(path / "summary.json"), mend=_AGAIN
+            )
         for moment in ("before", "after"):
-            missing = [key for key in MEASURES if key not in summary[target].get(moment, {})]
+            told = (summary[target] or {}).get(moment) or {}
+            missing = [key for key in MEASURES if told.get(key) is None]
             if missing:
                 raise InputError(
                     f"{target}.{moment} lacks {', '.join(missing)}",
@@ -140,33 +157,17 @@ def _check_control(
                 )
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            "the run is not finished: this file is missing", where=str(path), mend=_AGAIN
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"not valid JSON: {error}", where=str(path), mend=_AGAIN) from error
-
-
-def _lines(path: Path, *, needed: bool = True) -> list[dict[str, Any]]:
-    if not needed and not path.exists():
+def _planting(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
         return []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(
-            "the run is not finished: this file is missing", where=str(path), mend=_AGAIN
-        ) from None
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"not valid JSON: {error}", where=f"{path}: line {number}", mend=_AGAIN
-                ) from error
-    return rows
+    rows = schema.read_rows(path)
+    return [schema.check(schema.PlantingRow, row, where=where) for where, row in rows]
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    found = schema.read_document(path)
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise InputError("not a list of samples", where=str(path), mend=_AGAIN)
+    return found

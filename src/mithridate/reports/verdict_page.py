@@ -9,13 +9,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mithridate import schema
 from mithridate.configs import read_yaml
-from mithridate.errors import GateError
+from mithridate.errors import GateError, InputError
+from mithridate.measures.rows import read_summary
 from mithridate.printable import printable
 from mithridate.reports.charts import IntervalBar
 from mithridate.reports.html import flat, printable_lines, render
 from mithridate.reports.limits import cut_short, validity_limits
 from mithridate.verdicts import RANK, Term, judge_run
+from mithridate.verdicts.verdict import HEADLINES
 
 MEANINGS: Mapping[str, str] = {
     Term.DEAD_ON_ARRIVAL: "the model is no longer useful, before any attack",
@@ -42,7 +45,6 @@ _TONES = {
 }
 _OF_KIND = {"holds": "kept", "fails": "harmful", "partly": "warned", "void": "soft"}
 _ORDER = {term.value: place for place, term in enumerate((*RANK, Term.NOT_VALID))}
-_WHOLE = ("verdict", "first_line", "conditions", "cells", "gates")
 
 
 def verdict_of(run_dir: Path) -> dict[str, Any]:
@@ -63,13 +65,22 @@ def verdict_of(run_dir: Path) -> dict[str, Any]:
     if not path.exists():
         return found
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        stored = schema.read_object(path)
+        (known,) = (one for one in stored["card"]["criteria"] if one["name"] == "transfer")
+        known = schema.check(schema.Criterion, known, where=str(path))
+    except (InputError, KeyError, TypeError, ValueError):
         return found
-    same = isinstance(stored, dict) and all(
-        stored.get(key) == json.loads(json.dumps(found[key])) for key in _WHOLE
+    # Only of other runs does the stored one know more than the rows say.
+    document = json.loads(json.dumps(found))
+    document["card"]["criteria"] = [
+        known if one["name"] == "transfer" else one for one in document["card"]["criteria"]
+    ]
+    document["headline"] = stored.get("headline")
+    passed = all(one["state"] == "passed" for one in document["card"]["criteria"])
+    whole = document == stored and document["headline"] == (
+        HEADLINES.get(Term(document["verdict"])) if passed else None
     )
-    return stored if same else found
+    return stored if whole else found
 
 
 def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> str:
@@ -90,8 +101,7 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
     document = verdict_of(run_dir) if document is None else document
     view = section(run_dir, document)
     manifest, config = run_dir / "manifest.json", run_dir / "config.yaml"
-    summary = run_dir / "summary.json"
-    run = json.loads(summary.read_text(encoding="utf-8"))
+    run = read_summary(run_dir)
     stamps = ["PRELIMINARY"] if document["preliminary"] else []
     testbed = document["testbed"]
     tier = [f"tier {run['tier']}"] if run.get("tier") else []
@@ -112,7 +122,7 @@ def battery_page(run_dir: Path, document: Mapping[str, Any] | None = None) -> st
         ],
         provenance=[
             *flat(document["sources"]),
-            *(flat(json.loads(manifest.read_text(encoding="utf-8"))) if manifest.exists() else ()),
+            *(flat(schema.read_object(manifest)) if manifest.exists() else ()),
         ],
         stamps=stamps,
         title=" · ".join(part for part in (testbed, document["method"]) if part) or run_dir.name,
@@ -126,7 +136,7 @@ def utility_rows(run_dir: Path) -> list[dict[str, str]]:
     path = run_dir / "utility.json"
     if not path.exists():
         return []
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = schema.check(schema.Utility, schema.read_object(path), where=str(path))
     rows = []
     for row in document["tasks"]:
         found = row["difference"] or {"estimate": None, "low": None}
