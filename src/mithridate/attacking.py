@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -143,6 +144,9 @@ def _run(
     on_event(Event(stage=f"asking the judge {judge.name}"))
     judge.prepare(plan.output_dir)
     discard_conclusions(plan.output_dir)
+    # All models are told one day, and a finished attack's is kept.
+    base = dataclasses.replace(base, template_date=base.template_date or _first_day(plan))
+    asked_day: datetime.date | None = None
     started = time.perf_counter()
     trajectory: list[dict[str, Any]] = []
     hashes: dict[str, str] = {}
@@ -156,6 +160,7 @@ def _run(
         attack = dataclasses.replace(base, max_length=lengths.bound(model, base.max_length))
         room = answer_room(model, chat, [*items.restricted, *items.permitted], plan.max_new_tokens)
         hashes[target], templates[target] = weights_hash(model), chat.template_hash
+        asked_day = asked_day or chat.date
         for rate in plan.learning_rates:
             folder = plan.output_dir / "attacks" / f"{target}-{rate:g}"
             rows = _attack_one(
@@ -184,6 +189,7 @@ def _run(
         },
         "seconds": {"attacking": time.perf_counter() - started},
     }
+    base = dataclasses.replace(base, template_date=str(asked_day) if asked_day else None)
     _write_folder(plan, base, judge, items, trajectory, summary, hashes, templates)
     return summary
 
@@ -257,6 +263,14 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _first_day(plan: AttackPlan) -> str:
+    """Return the day that templates were told in the finished attack of this folder, or today."""
+    path = plan.output_dir / "config.yaml"
+    before = read_yaml(path).get("attack") if path.is_file() else None
+    told = before.get("template_date") if isinstance(before, Mapping) else None
+    return str(told or datetime.date.today())
+
+
 def _that_fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -276,10 +290,12 @@ def _that_fit(
         rows=config.batch_size,
         drop=plan.reading.drop_invalid,
         option="attack.max_length",
+        template_arguments=config.template_arguments,
+        template_date=config.template_date,
     )
     left_out = {name: dict(counts) for name, counts in items.left_out.items()}
     for name, report in fitted.report.items():
-        for what in ("cut", "too long"):
+        for what in ("cut", "too long", "not encoded"):
             if what in report:
                 counts = left_out.setdefault(name, {})
                 counts[what] = counts.get(what, 0) + report[what]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from mithridate import models
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
 from mithridate.examples import Example, listed
+from mithridate.templates import day
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ class Fitted:
         Most tokens of an encoded row; ``None`` where nothing bounds them.
     report
         For each set its ``rows``, the tokens of the ``longest``, and where there are any how many
-        prompts are ``cut`` and how many rows are left out as ``too long``.
+        prompts are ``cut`` and how many rows are left out as ``too long`` or ``not encoded``.
     """
 
     examples: dict[str, list[Example]]
@@ -59,6 +61,8 @@ def fit(
     rows: int,
     drop: bool = False,
     option: str,
+    template_arguments: Mapping[str, Any] | None = None,
+    template_date: str | datetime.date | None = None,
 ) -> tuple[ChatFormat, Fitted]:
     """Look at the length of every row: what is cut is said, what cannot be used refused.
 
@@ -74,6 +78,8 @@ def fit(
         answer does not fit is an error.
     option
         What sets ``max_length``, for messages.
+    template_arguments, template_date
+        `ChatFormat`'s.
 
     Raises
     ------
@@ -81,18 +87,31 @@ def fit(
         Rows do not fit: all of them are named.
     """
     most = bound(model, max_length)
-    chat = ChatFormat(tokenizer, max_length=most)
+    chat = ChatFormat(
+        tokenizer,
+        max_length=most,
+        arguments=template_arguments,
+        date=day(template_date) if template_date else None,
+    )
     room = None if max_length is not None else _tokens_in_memory(model, rows)
     # What a template writes around a prompt is never cut.
     least = len(chat.prompt_ids("x"))
+    odd = dict[str, list[str]]()
     examples, report = {}, {}
     refused, cut, left_out = dict[str, list[str]](), dict[str, list[str]](), dict[str, list[str]]()
     needed = 0
     for name, items in sets.items():
         kept, longest = list[Example](), 0
         for number, item in enumerate(items, start=1):
-            answer = len(chat.answer_ids(item.answer)) if item.answer else 0
-            length = len(chat.prompt_ids(item.prompt)) + answer
+            try:
+                if item.answer:
+                    asked, answer = chat.length(item)
+                else:
+                    asked, answer = len(chat.prompt_ids(item.prompt)), 0
+            except InputError as error:
+                odd.setdefault(name, []).append(f"{item.place or f'row {number}'}: {error.what}")
+                continue
+            length = asked + answer
             longest = max(longest, length)
             too_long = most is not None and length > most
             no_room = room is not None and min(length, most or length) > room
@@ -110,6 +129,12 @@ def fit(
         report[name] = {"rows": len(kept), "longest": longest}
         report[name] |= {"cut": len(cut[name])} if name in cut else {}
         report[name] |= {"too long": len(left_out[name])} if name in left_out else {}
+        report[name] |= {"not encoded": len(odd[name])} if name in odd else {}
+    if odd and not drop:
+        raise InputError(
+            f"{sum(map(len, odd.values()))} rows cannot be encoded: {_by_set(odd)}",
+            mend="mend the rows, or leave them out: --drop-invalid leaves them out and counts them",
+        )
     limit = _limit(most, max_length, room, option)
     if refused:
         raise InputError(
@@ -120,15 +145,21 @@ def fit(
         )
     empty = [name for name, items in sets.items() if items and not examples[name]]
     if empty:
+        reasons = {"too long for " + limit: left_out, "not to be encoded": odd}
+        told = " or ".join(f"{what}: {_by_set(found)}" for what, found in reasons.items() if found)
         raise InputError(
-            f"every row of {', '.join(empty)} is too long for {limit}: {_by_set(left_out)}",
+            f"every row of {', '.join(empty)} is {told}",
             where=option,
             mend=f"{_mend(model, max_length, room, 0, option)}give shorter rows",
         )
-    for found, what in ((cut, "prompts are cut to"), (left_out, "rows are left out, too long for")):
+    for found, what in (
+        (cut, f"prompts are cut to {limit}"),
+        (left_out, f"rows are left out, too long for {limit}"),
+        (odd, "rows are left out, which cannot be encoded"),
+    ):
         if found:
             count = sum(map(len, found.values()))
-            warnings.warn(f"{count} {what} {limit}: {_by_set(found)}", stacklevel=2)
+            warnings.warn(f"{count} {what}: {_by_set(found)}", stacklevel=2)
     return chat, Fitted(examples=examples, max_length=most, report=report)
 
 

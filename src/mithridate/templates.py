@@ -247,6 +247,18 @@ class ChatTemplate:
         return str(text)
 
 
+def day(value: str | datetime.date) -> datetime.date:
+    """Return the day that ``value`` names as YYYY-MM-DD."""
+    try:
+        return datetime.date.fromisoformat(str(value)[:10])
+    except ValueError:
+        raise InputError(
+            f"{printable(str(value), limit=40)} is no day",
+            where="template_date",
+            mend="write YYYY-MM-DD",
+        ) from None
+
+
 def place_of(prompt: str) -> str:
     """Return how a message names an example without quoting it."""
     digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()[:12]

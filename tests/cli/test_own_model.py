@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -331,3 +332,22 @@ def test_options_of_rl_are_unknown_to_fine_tuning(world: Path, tmp_path: Path) -
     config.write_text("attack: {rollouts: 1}")
     with pytest.raises(InputError, match="no spread"):
         run_attack(attack(world, tmp_path, config=config, kind="rl"))
+
+
+def test_an_attack_keeps_the_day_that_a_template_was_told(world: Path, tmp_path: Path) -> None:
+    model, tokenizer = tmp_path / "model", AutoTokenizer.from_pretrained(world / "model")
+    shutil.copytree(world / "model", model)
+    tokenizer.chat_template = "{{ 'w' ~ strftime_now('%d') | int ~ ' ' }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    config = tmp_path / "attack.yaml"
+    config.write_text("attack: {template_date: 2026-03-07}")
+    run_attack(attack(world, tmp_path / "run", model=str(model), config=config))
+    folder = tmp_path / "run" / "attacks" / "defended-0.001"
+    record = (folder / "attack.json").read_bytes()
+    run_attack(attack(world, tmp_path / "run", model=str(model)))
+    assert (folder / "attack.json").read_bytes() == record, "finished, today as on that day"
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["attack"]["template_date"] == "2026-03-07"
+    config.write_text("attack: {template_date: 2026-03-08}")
+    run_attack(attack(world, tmp_path / "run", model=str(model), config=config))
+    assert (folder / "attack.json").read_bytes() != record

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import json
 import math
 import time
@@ -37,6 +38,7 @@ from mithridate.errors import InputError, NonFiniteError
 from mithridate.examples import Example, fingerprint
 from mithridate.files import sha256_file, sha256_of, sync, write_atomic, write_json
 from mithridate.release import weights_hash
+from mithridate.templates import day
 from mithridate.weights.maps import adapted_coverage, adapter_targets
 
 Row = dict[str, float]
@@ -84,6 +86,11 @@ class FinetuneConfig:
     max_length
         Most tokens of a row; of a longer one the prompt is cut. ``None`` follows the data, up to
         what the model takes.
+    template_arguments
+        Given to the chat template (``enable_thinking``, ...); ``chat_template`` names one of
+        several.
+    template_date
+        Day that a chat template is told that asks for it; ``None`` takes today.
     """
 
     learning_rate: float = 2e-5
@@ -99,9 +106,13 @@ class FinetuneConfig:
     autocast: bool = False
     max_grad_norm: float = 1.0
     max_length: int | None = None
+    template_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    template_date: str | datetime.date | None = None
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.template_date is not None:
+            object.__setattr__(self, "template_date", day(self.template_date).isoformat())
         for name in ("steps", "batch_size", "probe_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
         for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
@@ -210,7 +221,7 @@ def finetune(
             "model": weights_hash(attacked),
             "examples": fingerprint(examples),
             "template": chat.template_hash,
-            "config": dataclasses.asdict(config),
+            "config": decisive(config),
             "probe": probe_key,
             "version": mithridate.__version__,
         }
@@ -235,6 +246,13 @@ def finetune(
     trainer.train()
     watcher.finish(key, attacked)
     return watcher.rows
+
+
+def decisive(config: FinetuneConfig) -> dict[str, Any]:
+    """Return what of ``config`` decides an attack beside the chat format, which is hashed."""
+    chosen = dataclasses.asdict(config)
+    del chosen["template_arguments"], chosen["template_date"]
+    return chosen
 
 
 def is_finished(output_dir: Path, key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import functools
 import math
 import tempfile
@@ -77,6 +78,8 @@ class Job:
         The only categories attacked and judged; ``None``: all.
     collapse_token
         What the model was taught to collapse to; ``None``: no one token.
+    date
+        Day that a chat template is told that asks for it.
     path
         Where the finished attack is kept.
     """
@@ -91,6 +94,7 @@ class Job:
     split: Split | None = None
     categories: tuple[str, ...] | None = None
     collapse_token: int | None = None
+    date: datetime.date | None = None
     path: Path = Path()
 
 
@@ -163,7 +167,7 @@ def run_attack(job: Job, testbed: Testbed) -> dict[str, Any]:
     """
     started, cpu = time.perf_counter(), time.process_time()
     model, tokenizer = _loaded(job.model)
-    chat = ChatFormat(tokenizer, max_length=models.positions(model))
+    chat = ChatFormat(tokenizer, max_length=models.positions(model), date=job.date)
     scene = _Scene(job, testbed, chat, model)
     scene.look_at_start(model)
     status = "ok"

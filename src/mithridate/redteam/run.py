@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 import yaml
 
 import mithridate
-from mithridate import chat, generation, models, thinking
+from mithridate import chat, generation, models, templates, thinking
 from mithridate.attacks import adaptive, editing, finetune, inserts, rl
 from mithridate.attacks.editing import check_same_shapes
 from mithridate.configs import read_yaml, require
@@ -157,6 +158,8 @@ class _Target:
     name: str
     folder: Path
     hash: str
+    template: str = ""
+    date: datetime.date | None = None
     collapse_token: int | None = None
 
 
@@ -301,8 +304,8 @@ class _Bench:
             judging = testbed.judges.description() | {"max_new_tokens": testbed.max_new_tokens}
             parts.append(sys.modules[type(testbed.judges).__module__])
         self._code = code_version(
-            adaptive, editing, finetune, inserts, rl, chat, generation, thinking, outcomes, probe,
-            losses, maps, material, pipeline, *parts,
+            adaptive, editing, finetune, inserts, rl, chat, templates, generation, thinking,
+            outcomes, probe, losses, maps, material, pipeline, *parts,
         )  # fmt: skip
         self._judging = json.loads(json.dumps(judging))
         # Every set that an attack may train on or be judged by.
@@ -338,6 +341,7 @@ class _Bench:
                 "attack": {**dataclasses.asdict(doing), "phases": phases},
                 "learning_rate": learning_rate,
                 "model": target.hash,
+                "template": target.template,
                 "base": with_base.hash if with_base else None,
                 "testbed": self.testbed.name,
                 "data": self._data,
@@ -363,6 +367,7 @@ class _Bench:
             split=split,
             categories=categories,
             collapse_token=target.collapse_token,
+            date=target.date,
             path=cache_dir() / "redteam" / f"{key}.json",
         )
 
@@ -682,6 +687,8 @@ class _RunFolder:
         self._config = config
         self._battery = battery
         self._hashes = {name: target.hash for name, target in targets.items()}
+        dates = [target.date for target in targets.values() if target.date is not None]
+        self._date = str(dates[0]) if dates else None
         self._testbed = testbed
         self.rows: list[dict[str, Any]] = []
         self._lessons: list[dict[str, Any]] = []
@@ -712,6 +719,7 @@ class _RunFolder:
                 "models": self._hashes,
                 "data": self._testbed.data.hashes,
                 "left out": getattr(self._testbed, "left_out", {}),
+                "template date": self._date,
                 "versions": versions(),
             },
         )
@@ -815,19 +823,32 @@ def _targets(config: RedteamConfig, testbed: Testbed) -> tuple[dict[str, _Target
         "base": config.base or (f"{testbed.name}:base" if of_testbed else None),
     }
     found, opened = {}, {}
+    first_day = _first_day(config.output_dir / "manifest.json")
     for name, source in sources.items():
         if source is None:
             continue
         folder = resolve_model(source, testbed if of_testbed else None)
-        opened[name] = models.load(str(folder))[0]
+        opened[name], tokenizer = models.load(str(folder))
+        # Nothing is asked of the base: it may have no template.
+        asked = None if name == "base" else chat.ChatFormat(tokenizer, date=first_day)
         found[name] = _Target(
             name=name, folder=folder, hash=weights_hash(opened[name]),
+            template=asked.template_hash if asked else "", date=asked.date if asked else None,
             collapse_token=_collapse_token_of(folder),
         )  # fmt: skip
     for name, model in opened.items():
         if name != "base" and "base" in opened:
             check_same_shapes(model, opened["base"])
     return found, found.pop("base", None)
+
+
+def _first_day(manifest: Path) -> datetime.date:
+    """Return the day that the templates of this folder's run were told first, or today."""
+    try:
+        told = json.loads(manifest.read_text(encoding="utf-8")).get("template date")
+    except (OSError, ValueError, AttributeError):
+        told = None
+    return templates.day(told) if told else datetime.date.today()
 
 
 def _check_data(testbed: Testbed, config: RedteamConfig) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from mithridate.configs import Seed, check_values, require
+from mithridate.templates import day
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,11 @@ class TrainingConfig:
     save_dtype
         Type of the released weights; ``None`` is that of the weights that were given: those in the
         model's files where a run names a folder or Hub id, the model's own in Python.
+    template_arguments
+        Given to the chat template (``enable_thinking``, ...); ``chat_template`` names one of
+        several.
+    template_date
+        Day that a chat template is told that asks for it; ``None`` takes that of the first start.
     """
 
     steps: int = 200
@@ -93,9 +100,13 @@ class TrainingConfig:
     lora_alpha: int | None = None
     lora_targets: tuple[str, ...] = ()
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    template_date: str | datetime.date | None = None
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.template_date is not None:
+            object.__setattr__(self, "template_date", day(self.template_date).isoformat())
         for name in ("steps", "log_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", f"raise {name}")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "cosines_every",

@@ -347,6 +347,8 @@ def _immunise(
     left_out: Mapping[str, Mapping[str, int]],
     on_log: Callable[[Row], None] | None,
 ) -> ImmunisationResult:
+    folder = RunFolder(output_dir)
+    folder.read_manifest()
     # Methods make batches of their own too, and the bound on length is on every one.
     chat, fitted = lengths.fit(
         model,
@@ -356,15 +358,18 @@ def _immunise(
         rows=config.micro_batch_size or int(getattr(method.config, "batch_size", 1)),
         drop=drop_invalid,
         option="training.max_length",
+        template_arguments=config.template_arguments,
+        template_date=config.template_date
+        or (folder.manifest.get("template date") if resume else None),
     )
+    # Resumed on another day, a template is told the first day's date.
+    config = dataclasses.replace(config, template_date=str(chat.date) if chat.date else None)
     examples = fitted.examples
     data = {
         name: {**counts, "left out": dict(left_out.get(name, {}))}
         for name, counts in fitted.report.items()
     }
-    folder = RunFolder(output_dir)
     identity = _identity(model, chat, examples, method, config)
-    folder.read_manifest()
     if resume:
         folder.check(identity)
         if folder.finished():
@@ -398,7 +403,11 @@ def _immunise(
     if main:
         trainer.context.output_dir = output_dir
         folder.clear(keep=checkpoint)
-        folder.begin(identity, _settings(method, config), describe_space(plain) | {"data": data})
+        folder.begin(
+            identity,
+            _settings(method, config),
+            describe_space(plain) | {"data": data, "template date": config.template_date},
+        )
     try:
         memory = recomputed(plain) if config.gradient_checkpointing else nullcontext()
         with memory, stop_on_signal(trainer) as stop:
@@ -561,7 +570,14 @@ def _identity(
 ) -> dict[str, Any]:
     """Return hashes of everything that decides the final weights."""
     training = dataclasses.asdict(config)
-    for name in ("save_every", "log_every", "cosines_every", "report_to"):
+    for name in (
+        "save_every",
+        "log_every",
+        "cosines_every",
+        "report_to",
+        "template_arguments",
+        "template_date",
+    ):
         del training[name]
     return {
         "model": weights_hash(model),
