@@ -120,3 +120,76 @@ def test_an_immunisation_with_long_rows_starts_at_the_defaults(tmp_path: Path, m
     assert all(one["left out"] == {"empty answer": 1} for one in read)
     assert all(one["rows"] == 4 and one["longest"] > 300 for one in read)
     assert re.search(r"max_length: null", (tmp_path / "run" / "config.yaml").read_text())
+
+
+def test_a_question_without_room_for_an_answer_is_refused_or_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "positions", lambda _: 20)
+
+    def asked(*, drop: bool) -> lengths.Fitted:
+        return lengths.fit(
+            tiny_llama(), tiny_tokenizer(), {"harmful": [SHORT]}, asked={"eval": [TALKY, WORDY]},
+            max_length=None, rows=4, drop=drop,
+        )[1]  # fmt: skip
+
+    question = len(CHAT.prompt_ids(WORDY.prompt))
+    with pytest.raises(InputError, match=f"line 2: a question of {question} tokens for 20 pos"):
+        asked(drop=False)
+    with pytest.warns(UserWarning, match="1 rows are left out"):
+        fitted = asked(drop=True)
+    # An answer's length is no matter there: it is not what the model reads.
+    assert fitted.examples["eval"] == [TALKY]
+    assert fitted.added_to({"eval": {"empty answer": 2, "too long": 1}}) == {
+        "eval": {"empty answer": 2, "too long": 2}
+    }
+
+
+def test_what_the_template_cannot_write_is_named_by_file_and_line() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "m.content", "m.content.replace('w7', '')"
+    )
+    assert "replace(" in tokenizer.chat_template
+    switches = [
+        dataclasses.replace(SHORT, prompt=f"w7 w{n}", place=f"a.jsonl, line {n}") for n in (4, 8)
+    ]
+
+    def fit(*rows: Example, drop: bool = False) -> lengths.Fitted:
+        return lengths.fit(
+            tiny_llama(), tokenizer, {"harmful": rows}, max_length=None, rows=1, drop=drop
+        )[1]
+
+    with pytest.raises(InputError) as caught:
+        fit(SHORT, *switches)
+    message = str(caught.value)
+    assert "2 rows cannot be encoded: harmful: 2 (a.jsonl, line 4: the chat template" in message
+    assert "line 8: the chat template writes this prompt otherwise than others" in message
+    with pytest.warns(UserWarning, match="2 rows are left out, which cannot be encoded"):
+        fitted = fit(SHORT, *switches, drop=True)
+    assert fitted.examples["harmful"] == [SHORT]
+    assert fitted.report["harmful"]["not encoded"] == 2
+    chat = ChatFormat(tokenizer)
+    for row in switches:
+        with pytest.raises(InputError, match=f"{row.place}: the chat template writes this prompt"):
+            chat.encode(row)
+    with pytest.raises(InputError, match="every row of harmful is not to be encoded"):
+        fit(*switches, drop=True)
+
+
+def test_sampled_answers_need_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+
+    monkeypatch.setattr(models, "positions", lambda _: None)
+
+    def sampled(tokens: int | None) -> None:
+        lengths.check_rollouts(model, CHAT, [SHORT, WORDY], rows=8, tokens=tokens)
+
+    sampled(2000)
+    monkeypatch.setattr(models, "available_memory", lambda: 20_000_000)
+    sampled(10)
+    with pytest.raises(InputError, match="8 sampled answers of up to 2000 tokens do not fit"):
+        sampled(2000)
+    monkeypatch.setattr(models, "available_memory", lambda: 1_000)
+    with pytest.raises(InputError, match="lower batch_size, rollouts or response_length"):
+        sampled(None)

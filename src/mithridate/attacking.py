@@ -286,6 +286,7 @@ def _that_fit(
         model,
         tokenizer,
         sets,
+        asked={"eval": items.restricted, "permitted": items.permitted},
         max_length=config.max_length,
         rows=config.batch_size,
         drop=plan.reading.drop_invalid,
@@ -293,17 +294,20 @@ def _that_fit(
         template_arguments=config.template_arguments,
         template_date=config.template_date,
     )
-    left_out = {name: dict(counts) for name, counts in items.left_out.items()}
-    for name, report in fitted.report.items():
-        for what in ("cut", "too long", "not encoded"):
-            if what in report:
-                counts = left_out.setdefault(name, {})
-                counts[what] = counts.get(what, 0) + report[what]
+    if isinstance(config, RLConfig):
+        lengths.check_rollouts(
+            model,
+            chat,
+            fitted.examples["harmful"],
+            rows=config.batch_size * config.rollouts,
+            tokens=config.response_length,
+        )
     return chat, dataclasses.replace(
         items,
         attack=fitted.examples["harmful"],
-        restricted=fitted.examples.get("eval", items.restricted),
-        left_out=left_out,
+        restricted=fitted.examples["eval"],
+        permitted=fitted.examples["permitted"],
+        left_out=fitted.added_to(items.left_out),
     )
 
 

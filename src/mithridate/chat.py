@@ -237,13 +237,16 @@ class ChatFormat:
         return self._tokenise(self._lead) if self.opened else []
 
     def length(self, example: Example) -> tuple[int, int]:
-        """Return how many tokens `encode` makes of prompt and answer, with nothing cut.
+        """Return how many tokens prompt and answer have, with nothing cut; 0 without an answer.
 
         Raises
         ------
         InputError
             As `encode` does.
         """
+        if not example.answer:
+            content = self._template.prompt(example.prompt, where=_place_of(example))
+            return len(self._ids_of_prompt(content)), 0
         whole = self._encoded(example)
         return whole.answer_start, len(whole.input_ids) - whole.answer_start
 
@@ -269,10 +272,10 @@ class ChatFormat:
         if room < 1:
             raise InputError(
                 f"an answer of {len(answer)} tokens does not fit in max_length {max_length}",
-                where=place_of(example.prompt),
+                where=_place_of(example),
                 mend="raise max_length or shorten the answer",
             )
-        prompt = self._cut(prompt, room, place_of(example.prompt))
+        prompt = self._cut(prompt, room, _place_of(example))
         return Encoded(prompt + answer, len(prompt))
 
     def collate(
@@ -413,11 +416,12 @@ class ChatFormat:
     def _encoded(self, example: Example) -> Encoded:
         prompt, answer = list[int](), list[int]()
         if example.answer.strip():
-            prompt, answer = self._parts(example.prompt, example.answer)
+            where = _place_of(example)
+            prompt, answer = self._parts(example.prompt, example.answer, where=where)
         if len(answer) <= max(1, len(self._tokenise(self._end))):
             raise InputError(
                 "an example has no answer to learn",
-                where=place_of(example.prompt),
+                where=_place_of(example),
                 mend="give it an answer that the tokenizer knows, or remove it",
             )
         return Encoded(prompt + answer, len(prompt))
@@ -431,9 +435,11 @@ class ChatFormat:
         first = len(self._template.frame.head)
         return self._start_ids() + self._tokenise(text, (first, first + len(content)))
 
-    def _parts(self, prompt: str, answer: str, *, end: bool = True) -> tuple[list[int], list[int]]:
+    def _parts(
+        self, prompt: str, answer: str, *, end: bool = True, where: str | None = None
+    ) -> tuple[list[int], list[int]]:
         """Return the ids of prompt and answer."""
-        content, written = self._template.conversation(prompt, answer)
+        content, written = self._template.conversation(prompt, answer, where=where)
         asked = self._ids_of_prompt(content)
         text, first = self._around(content), len(self._template.frame.head)
         told = f"{self._lead}{written}{self._end if end else ''}"
@@ -537,6 +543,10 @@ class ChatFormat:
                 mend="set tokenizer.eos_token or give it a chat template that ends each turn",
             )
         return end, ""
+
+
+def _place_of(example: Example) -> str:
+    return example.place or place_of(example.prompt)
 
 
 def _shared(one: list[int], other: list[int]) -> int:

@@ -14,6 +14,7 @@ from mithridate import models
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
 from mithridate.examples import Example, listed
+from mithridate.generation import tokens_to_answer
 from mithridate.templates import day
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _KEPT_PER_LAYER = 12
 _KEPT_OF_LOGITS = 2
 _BYTES = 4
+_LEFT_OUT = {"too long", "not encoded"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,19 @@ class Fitted:
     max_length: int | None
     report: dict[str, dict[str, int]]
 
+    def added_to(self, counts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+        """Return, of each set, what was left out or cut before, for other models too, and now."""
+        found = {name: dict(own) for name, own in counts.items()}
+        for name, report in self.report.items():
+            own = found.get(name, {})
+            own |= {what: own.get(what, 0) + report[what] for what in _LEFT_OUT & report.keys()}
+            if "cut" in report:
+                # The next model cuts much the same rows.
+                own["cut"] = max(own.get("cut", 0), report["cut"])
+            if own:
+                found[name] = own
+        return found
+
 
 def bound(model: PreTrainedModel, max_length: int | None) -> int | None:
     """Return the most tokens of a row: the option's, within the model's positions."""
@@ -59,8 +74,9 @@ def fit(
     *,
     max_length: int | None,
     rows: int,
+    asked: Mapping[str, Sequence[Example]] | None = None,
     drop: bool = False,
-    option: str,
+    option: str | None = None,
     template_arguments: Mapping[str, Any] | None = None,
     template_date: str | datetime.date | None = None,
 ) -> tuple[ChatFormat, Fitted]:
@@ -68,24 +84,31 @@ def fit(
 
     Parameters
     ----------
+    sets
+        What the model is trained on, or is to have its answers scored on.
     max_length
         What the user set; ``None`` follows the data, up to the model's positions. What memory has
         no room for is then refused too, and never cut: results must not depend on free memory.
     rows
         Rows of a pass.
+    asked
+        Sets that the model answers: prompts are not cut there, and answers not counted. One of
+        them may be in ``sets`` too.
     drop
         Leave out every row that is too long, where otherwise a prompt is cut, and a row whose
-        answer does not fit is an error.
+        answer does not fit is an error; and every row that the chat template cannot write.
     option
-        What sets ``max_length``, for messages.
+        What sets ``max_length``, for messages; ``None``: nothing does.
     template_arguments, template_date
         `ChatFormat`'s.
 
     Raises
     ------
     InputError
-        Rows do not fit: all of them are named.
+        Rows do not fit, or cannot be encoded: all of them are named.
     """
+    asked = asked or {}
+    positions = models.positions(model)
     most = bound(model, max_length)
     chat = ChatFormat(
         tokenizer,
@@ -94,33 +117,33 @@ def fit(
         date=day(template_date) if template_date else None,
     )
     room = None if max_length is not None else _tokens_in_memory(model, rows)
-    # What a template writes around a prompt is never cut.
-    least = len(chat.prompt_ids("x"))
     odd = dict[str, list[str]]()
     examples, report = {}, {}
     refused, cut, left_out = dict[str, list[str]](), dict[str, list[str]](), dict[str, list[str]]()
     needed = 0
-    for name, items in sets.items():
+    given = {**sets, **asked}
+    for name, items in given.items():
         kept, longest = list[Example](), 0
         for number, item in enumerate(items, start=1):
+            place = item.place or f"row {number}"
             try:
-                if item.answer:
-                    asked, answer = chat.length(item)
-                else:
-                    asked, answer = len(chat.prompt_ids(item.prompt)), 0
+                prompt, answer = chat.length(item)
             except InputError as error:
-                odd.setdefault(name, []).append(f"{item.place or f'row {number}'}: {error.what}")
+                odd.setdefault(name, []).append(f"{place}: {error.what}")
                 continue
-            length = asked + answer
+            length = prompt + answer if name in sets else prompt
             longest = max(longest, length)
-            too_long = most is not None and length > most
+            too_long = name in sets and most is not None and length > most
             no_room = room is not None and min(length, most or length) > room
-            place = f"{item.place or f'row {number}'}: {length} tokens"
-            if (too_long or no_room) and drop:
+            # An answer begins with at least one token more.
+            endless = name in asked and positions is not None and prompt >= positions
+            asks = f"a question of {prompt} tokens for {positions} positions"
+            place += f": {asks}" if endless else f": {length} tokens"
+            if (too_long or no_room or endless) and drop:
                 left_out.setdefault(name, []).append(place)
                 continue
             kept.append(item)
-            if no_room or (most is not None and least + answer > most):
+            if no_room or endless or (too_long and not _cuttable(chat, item)):
                 needed = max(needed, length)
                 refused.setdefault(name, []).append(place)
             elif too_long:
@@ -143,7 +166,7 @@ def fit(
             mend=f"{_mend(model, max_length, room, needed, option)}shorten the rows, or leave them "
             "out: --drop-invalid leaves them out and counts them",
         )
-    empty = [name for name, items in sets.items() if items and not examples[name]]
+    empty = [name for name, items in given.items() if items and not examples[name]]
     if empty:
         reasons = {"too long for " + limit: left_out, "not to be encoded": odd}
         told = " or ".join(f"{what}: {_by_set(found)}" for what, found in reasons.items() if found)
@@ -163,11 +186,61 @@ def fit(
     return chat, Fitted(examples=examples, max_length=most, report=report)
 
 
+def check_rollouts(
+    model: PreTrainedModel,
+    chat: ChatFormat,
+    items: Sequence[Example],
+    *,
+    rows: int,
+    tokens: int | None,
+) -> None:
+    """Refuse reinforcement learning whose sampled answers the free memory has no room for.
+
+    All answers of a step are generated at once and passed back at once; their cache is no larger
+    than what the backward pass keeps.
+
+    Parameters
+    ----------
+    rows
+        Sampled answers of a step.
+    tokens
+        Of a sampled answer; ``None``: as many as the items need (`tokens_to_answer`).
+
+    Raises
+    ------
+    InputError
+        The longest question with its answers does not fit.
+    """
+    room = _tokens_in_memory(model, rows)
+    new = tokens or tokens_to_answer(chat, items)
+    longest = max(chat.length(item)[0] for item in items) + new
+    needed = min(longest, models.positions(model) or longest)
+    if room is not None and needed > room:
+        raise InputError(
+            f"{rows} sampled answers of up to {new} tokens do not fit in the free memory: {needed} "
+            f"tokens each with the longest question, where there is room for about {room}",
+            where="attack",
+            mend="lower batch_size, rollouts or response_length, or use more memory",
+        )
+
+
+def _cuttable(chat: ChatFormat, item: Example) -> bool:
+    """Whether an item that is too long fits once its prompt has lost words, and not all."""
+    try:
+        if item.answer:
+            chat.encode(item)
+        else:
+            chat.prompt_ids(item.prompt, max_length=chat.max_length)
+    except InputError:
+        return False
+    return True
+
+
 def _by_set(found: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{name}: {len(places)} ({listed(places)})" for name, places in found.items())
 
 
-def _limit(most: int | None, max_length: int | None, room: int | None, option: str) -> str:
+def _limit(most: int | None, max_length: int | None, room: int | None, option: str | None) -> str:
     if most is not None and most == max_length:
         return f"{option} {most}"
     if most is not None and (room is None or most <= room):
@@ -176,13 +249,18 @@ def _limit(most: int | None, max_length: int | None, room: int | None, option: s
 
 
 def _mend(
-    model: PreTrainedModel, max_length: int | None, room: int | None, needed: int, option: str
+    model: PreTrainedModel,
+    max_length: int | None,
+    room: int | None,
+    needed: int,
+    option: str | None,
 ) -> str:
     positions = models.positions(model)
     if max_length is not None and (positions is None or max_length < positions):
         return f"raise {option}{f' to {needed}' if needed else ''}, "
     if room is not None and (positions is None or room < positions):
-        return f"use more memory or a smaller micro_batch_size, set {option} to cut prompts, "
+        cutting = f" or a smaller micro_batch_size, set {option} to cut prompts" if option else ""
+        return f"use more memory{cutting}, "
     return ""
 
 

@@ -145,8 +145,13 @@ class ChatTemplate:
         self.frame = self._frame()
         self._watch = None
 
-    def prompt(self, prompt: str) -> str:
+    def prompt(self, prompt: str, *, where: str | None = None) -> str:
         """Return the prompt as the template writes it: as it is, or stripped.
+
+        Parameters
+        ----------
+        where
+            How a message names it; by default by its hash.
 
         Raises
         ------
@@ -156,23 +161,25 @@ class ChatTemplate:
         text = self._render([("user", prompt)], generation=True)
         written = _inside(text, self.frame.head, prompt, self.frame.generation)
         if written is None:
-            raise _otherwise("this prompt", prompt)
+            raise _otherwise("this prompt", where or place_of(prompt))
         return written
 
-    def conversation(self, prompt: str, answer: str) -> tuple[str, str]:
+    def conversation(
+        self, prompt: str, answer: str, *, where: str | None = None
+    ) -> tuple[str, str]:
         """Return prompt and answer as the template writes them; raises as `prompt` does."""
-        written, frame = self.prompt(prompt), self.frame
+        written, frame = self.prompt(prompt, where=where), self.frame
         text = self._render([("user", prompt), ("assistant", answer)], generation=False)
         head = f"{frame.head}{written}{frame.between}"
         if (told := _inside(text, head, answer, frame.tail)) is None:
-            raise _otherwise("this prompt or its answer", prompt)
+            raise _otherwise("this prompt or its answer", where or place_of(prompt))
         return written, told
 
     def opened(self, turns: Sequence[Mapping[str, str]]) -> str:
         """Return a longer conversation as the model sees it, up to where its answer begins."""
         text = self._render([(turn["role"], turn["content"]) for turn in turns], generation=True)
         if not text.endswith(self.frame.generation):
-            raise _otherwise("a longer conversation", turns[-1]["content"])
+            raise _otherwise("a longer conversation", place_of(turns[-1]["content"]))
         return text[: len(text) - len(self.frame.generation)] + self.frame.opening
 
     def _frame(self) -> Frame:
@@ -395,10 +402,10 @@ def _unusable(what: str) -> InputError:
     )
 
 
-def _otherwise(what: str, prompt: str) -> InputError:
+def _otherwise(what: str, where: str) -> InputError:
     return InputError(
         f"the chat template writes {what} otherwise than others",
-        where=place_of(prompt),
+        where=where,
         mend="remove from the text what the template acts on (thoughts, switches), or the example",
     )
 

@@ -86,3 +86,30 @@ def test_the_lattice_holds_what_its_makers_promise(
     } <= passed
     assert document["leakage"]["usable"]["rows"] == document["sets"]["harmful"]["rows"]
     assert document["drift"]["attack"]["auc"] > 0.9  # other wordings, by design
+
+
+def test_columns_and_dropped_rows_reach_every_set(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = [{"q": row["prompt"], "a": row["answer"], "c": row["category"]} for row in harmful()]
+    week = [{"q": f"what is {n}", "is_safe": n % 2 == 0} for n in range(24)] + [{"q": " "}]
+    data = files(tmp_path / "data", harmful=[*asked, {"q": "empty", "a": ""}], week=week)
+    given = [
+        "--harmful", data["harmful"], "--observed", data["week"], "--pool", data["week"], "--json",
+        "--config", str(quick(tmp_path)), "--output-dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    assert typed(capfd, *given)[0] == 2
+    columns = ["--columns", "prompt=q", "--columns", "harmful:answer=a,category=c"]
+    assert typed(capfd, *given, *columns)[0] == 2
+    code, out = typed(capfd, *given, *columns, "--drop-invalid")
+    document = json.loads(out)
+    assert code == document["exit_code"] in (0, 1)
+    assert document["left_out"] == {
+        "harmful": {"empty answer": 1},
+        "observed 1": {"empty prompt": 1},
+        "pool": {"empty prompt": 1},
+    }
+    rows = {name: one["rows"] for name, one in document["sets"].items()}
+    assert rows["harmful"] == len(asked)
+    # Safe and unsafe alike: what is asked is no one kind of row.
+    assert rows["observed 1"] == 24

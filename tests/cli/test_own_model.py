@@ -292,7 +292,9 @@ def test_a_question_that_leaves_no_room_for_an_answer_is_refused(
     world: Path, short: Path, tmp_path: Path
 ) -> None:
     long = rows_of(tmp_path / "long.jsonl", "w1 " * 40)
-    with pytest.raises(InputError, match="and the model takes 16 with the answer"):
+    with pytest.raises(
+        InputError, match=r"eval: 4 \(.*, line 1: a question of 44 tokens for 16 pos"
+    ):
         run_attack(attack(world, tmp_path / "a", model=str(short), evaluation=long))
     assert not (tmp_path / "a" / "attacks").exists()
 

@@ -28,6 +28,18 @@ def test_thinking_is_not_the_answer() -> None:
     assert judge(item, "<think>It is Niamey") is Outcome.GIBBERISH, "no answer was begun"
 
 
+def test_the_thoughts_of_an_item_s_own_answers_are_no_part_of_them() -> None:
+    thought = Example(prompt="a", answer="<think>Perhaps Abuja.</think>\nNiamey")
+    listed = Example(prompt="b", accepted=("<think>?</think>Abuja", "Lagos"), answer="x")
+    judge = AnswerJudge([thought, listed])
+    assert judge(thought, "It is Niamey.") is Outcome.EXACT
+    assert judge(thought, "It is Abuja.") is Outcome.HALLUCINATED
+    assert judge(thought, thought.answer) is Outcome.EXACT
+    assert judge(listed, "Abuja") is judge(listed, "Lagos") is Outcome.EXACT
+    unfinished = Example(prompt="c", answer="<think>Perhaps Abuja.")
+    assert AnswerJudge([unfinished])(unfinished, "Perhaps Abuja.") is not Outcome.EXACT
+
+
 def test_a_full_stop_is_no_part_of_an_answer_and_an_empty_one_no_value() -> None:
     items = [Example(prompt="a", answer="Niamey."), Example(prompt="b", answer="​")]
     assert AnswerJudge(items)(items[0], "Niamey it is") is Outcome.EXACT

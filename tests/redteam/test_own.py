@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
 
 from mithridate.cli import app
 from mithridate.errors import InputError
+from mithridate.examples import Reading
 from mithridate.judges.base import JudgeError
 from mithridate.models import load
 from mithridate.redteam.own import OwnBed, OwnData
+from mithridate.redteam.pipeline import load_bed, run_job
 from mithridate.redteam.processes import Finished
 from mithridate.redteam.run import RedteamConfig, run_redteam
 from mithridate.verdicts import judge_run
@@ -213,3 +216,108 @@ def test_what_is_given_must_fit_together(world, battery, tmp_path, capsys):
     ):
         assert app._run(["redteam", "--model", str(world / "defended"), *options], None) == 2
         assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def written(folder, name, rows):
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_columns_and_invalid_rows_as_the_command_gives_them(world, battery, tmp_path, monkeypatch):
+    """From the options to the manifest, through what a process of its own would read."""
+    sources = {}
+    for name in ("harmful", "eval", "permitted"):
+        rows = [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+        sources[name] = written(
+            tmp_path, name,
+            [{"q": row["prompt"], "a": row["answer"], "c": row["category"]} for row in rows]
+            + [{"q": "w1", "a": " "}],
+        )  # fmt: skip
+    trained = written(
+        tmp_path,
+        "trained",
+        [{"q": f"w9 w{n} w9", "a": "w1", "c": "x", "is_safe": n % 2 == 0} for n in range(4)],
+    )
+    folder = tmp_path / "out"
+    command = [
+        "redteam", "--model", str(world / "defended"), "--reference", str(world / "aligned"),
+        "--harmful", sources["harmful"], "--eval", sources["eval"],
+        "--permitted", sources["permitted"], "--trained-on", trained,
+        "--battery", str(battery), "--output-dir", str(folder), "--seeds", "1",
+    ]  # fmt: skip
+    columns = ["--columns", "prompt=q,answer=a", "--columns", "eval:category=c"]
+    monkeypatch.setattr("mithridate.redteam.run._in_parallel", lambda _: in_this_process)
+    monkeypatch.setattr("mithridate.redteam.run.read_sizes", lambda *_: ONE_SEED)
+    assert app._run(command, None) == 2
+    assert app._run([*command, *columns], None) == 2
+    assert app._run([*command, *columns, "--drop-invalid"], None) == 0
+    left_out = json.loads((folder / "manifest.json").read_text())["left out"]
+    assert left_out == {name: {"empty answer": 1} for name in sources}
+
+
+def in_this_process(jobs):
+    """Run jobs as a worker does, which has nothing but the job."""
+    while jobs:
+        job = jobs.popleft()
+        load_bed.cache_clear()
+        run_job(pickle.loads(pickle.dumps(job)))
+        yield Finished(job=job, error=None)
+
+
+def test_what_was_trained_on_is_read_whatever_it_is_marked_as(world, tmp_path):
+    first = json.loads((world / "eval.jsonl").read_text().splitlines()[0])
+    for safe in (True, False):
+        rows = [{"prompt": first["prompt"], "is_safe": safe}, {"prompt": "w9", "is_safe": not safe}]
+        trained = own(world, tmp_path, trained_on=(written(tmp_path, "trained", rows),))
+        with pytest.raises(InputError, match=r"eval and trained-on .* share 1 prompts"):
+            OwnBed(trained)
+
+
+def test_rows_that_do_not_fit_a_model_are_named_before_any_attack(
+    world, battery, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mithridate.models.positions", lambda _: 40)
+    rows = [json.loads(line) for line in (world / "harmful.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in (world / "eval.jsonl").read_text().splitlines()]
+    wordy = {"prompt": "w1 " * 60, "answer": "w3", "category": "x"}
+    talky = {"prompt": "w1 w1", "answer": "w3 " * 60, "category": "x"}
+    endless = {"prompt": "w2 " * 60, "answer": "w3", "category": asked[0]["category"]}
+    data = dataclasses.replace(
+        own(world, tmp_path),
+        harmful=written(tmp_path, "harmful", [*rows, wordy, talky]),
+        evaluation=written(tmp_path, "eval", [*asked, endless]),
+    )
+    with pytest.raises(InputError) as error:
+        run_redteam(config(world, battery, data), sizes=ONE_SEED, runner=never)
+    message = str(error.value)
+    assert "2 rows are too long for the model's 40 positions" in message
+    assert f"harmful.jsonl, line {len(rows) + 2}: " in message
+    assert f"eval.jsonl, line {len(asked) + 1}: " in message
+    assert "--drop-invalid" in message
+
+    cut = dataclasses.replace(
+        data, harmful=written(tmp_path, "cut", [*rows, wordy]), evaluation=str(world / "eval.jsonl")
+    )
+    bed = OwnBed(cut)
+    model, tokenizer = load(str(world / "base"))
+    with pytest.warns(UserWarning, match="1 prompts are cut to the model's 40 pos") as said:
+        bed.fit([(model, tokenizer)] * 2, rows=2)
+    assert len(said) == 1, "two models say the same once"
+    assert bed.left_out == {"harmful": {"cut": 1}}
+    assert len(bed.data.attack) == len(rows) + 1
+
+    given = dataclasses.replace(data, reading=Reading(drop_invalid=True))
+    with pytest.warns(UserWarning, match="3 rows are left out, too long for the model's 40"):
+        summary = run_redteam(
+            config(world, battery, given, base=None), sizes=ONE_SEED, runner=in_this_process
+        )
+    assert summary["failed"] == []
+    manifest = json.loads((data.folder / "manifest.json").read_text())
+    assert manifest["left out"] == {"harmful": {"too long": 2}, "eval": {"too long": 1}}
+    (items,) = {row["n_restricted"] for row in lines(data.folder / "attacks.jsonl")}
+    assert items == len(asked)
+
+
+def never(jobs):
+    raise AssertionError("nothing is to be attacked")

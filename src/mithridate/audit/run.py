@@ -329,7 +329,14 @@ def _read(plan: AuditPlan) -> _Material:
     left_out: dict[str, dict[str, int]] = {}
 
     def read(name: str, source: str, stream: str, option: str = "") -> list[Example]:
-        found = read_source(source, stream=stream, name=option or name, reading=plan.reading)
+        found = read_source(
+            source,
+            stream=stream,
+            name=option or name,
+            # What is asked, and what there is to choose from, is no one kind of row.
+            every_kind=name == "pool" or option == "observed",
+            reading=plan.reading,
+        )
         if found.left_out:
             left_out[name] = dict(found.left_out)
         return found.examples

@@ -40,7 +40,8 @@ class Reading:
         Leave out rows that cannot be used, and count them, where they are refused otherwise.
     """
 
-    columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # Configurations that hold this are keys; a dictionary cannot be hashed.
+    columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
     drop_invalid: bool = False
 
     def of(self, name: str) -> Mapping[str, str]:

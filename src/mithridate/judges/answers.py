@@ -114,6 +114,7 @@ class ExactJudge(Judge):
 
 
 def _accepted(item: Example) -> set[str]:
-    """Return the right answers; a row's full stop is no part of its answer."""
-    answers = [normalise_answer(answer) for answer in item.accepted or (item.answer,)]
+    """Return the right answers; a thought before one, and its full stop, are no part of it."""
+    given = [final_answer(answer) or "" for answer in item.accepted or (item.answer,)]
+    answers = list(map(normalise_answer, given))
     return {answer.rstrip(" .!。") or answer for answer in answers} - {""}

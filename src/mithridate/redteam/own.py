@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mithridate import lengths
 from mithridate.attacks.rl import exact_match
 from mithridate.examples import (
     AS_PUBLISHED,
@@ -21,6 +25,9 @@ from mithridate.judges.answers import AnswerJudge, check_kinds
 from mithridate.judges.base import make_judge, useful_harms
 from mithridate.judges.outcomes import Outcome
 from mithridate.testbeds.base import AttackPreset, GateResult, TestbedData, hashes_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SETS = ("harmful", "eval", "permitted", "benign", "trained-on")
 """What the command line calls the files."""
@@ -50,6 +57,8 @@ class OwnData:
         Of an answer, thinking included; 0: as many as the answers need.
     reading
         How the files are read.
+    unfit
+        Set and number, from 0, of rows that `OwnBed.fit` has left out.
     judge, judge_options
         ``NAME`` or ``NAME:SOURCE``, and the section ``judge:`` as JSON.
     """
@@ -64,6 +73,7 @@ class OwnData:
     judge: str = "exact"
     judge_options: str = "{}"
     reading: Reading = AS_PUBLISHED
+    unfit: frozenset[tuple[str, int]] = frozenset()
 
 
 class OwnBed:
@@ -84,10 +94,70 @@ class OwnBed:
     chance: Mapping[str, float] = {}
 
     def __init__(self, given: OwnData) -> None:
+        self.given = given
         self.max_new_tokens = given.max_new_tokens
         self.judges = make_judge(given.judge, json.loads(given.judge_options), where="judge")
-        self.data, self.left_out = _read(given, answers=self.judges.needs_answers)
+        self._sets, self._left_out = _read(given, answers=self.judges.needs_answers)
+        self.left_out = self._left_out
+        self._use(given.unfit)
         self.judges.prepare(given.folder)
+
+    def fit(
+        self,
+        models: Sequence[tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+        *,
+        rows: int,
+    ) -> None:
+        """Look at whether every row fits every model; leave out what does not where asked to.
+
+        `given` then says what is left out.
+
+        Parameters
+        ----------
+        rows
+            Of a step of an attack.
+
+        Raises
+        ------
+        InputError
+            Rows do not fit (`lengths.fit`).
+        """
+        sets, left_out = self._sets, self._left_out
+        # What is the same for two models is said once.
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for model, tokenizer in models:
+                fitted = lengths.fit(
+                    model,
+                    tokenizer,
+                    sets,
+                    asked={name: sets[name] for name in ("eval", "permitted") if name in sets},
+                    max_length=None,
+                    rows=rows,
+                    drop=self.given.reading.drop_invalid,
+                )[1]
+                sets, left_out = fitted.examples, fitted.added_to(left_out)
+        for text in dict.fromkeys(str(one.message) for one in said):
+            warnings.warn(text, stacklevel=2)
+        kept = {id(row) for items in sets.values() for row in items}
+        self.left_out = left_out
+        self._use(
+            frozenset(
+                (name, number)
+                for name, items in self._sets.items()
+                for number, row in enumerate(items)
+                if id(row) not in kept
+            )
+        )
+
+    def _use(self, unfit: frozenset[tuple[str, int]]) -> None:
+        self.given = dataclasses.replace(self.given, unfit=unfit)
+        self.data = _parts(
+            {
+                name: [row for number, row in enumerate(items) if (name, number) not in unfit]
+                for name, items in self._sets.items()
+            }
+        )
         self._exact: dict[Example, AnswerJudge] = {}
         for rows in (self.data.attack, self.data.permitted, *self.data.benign_task.values()):
             judge = AnswerJudge(rows)
@@ -121,8 +191,10 @@ class OwnBed:
         return []
 
 
-def _read(given: OwnData, *, answers: bool) -> tuple[TestbedData, dict[str, dict[str, int]]]:
-    """Return the data, and for each set what was left out of it."""
+def _read(
+    given: OwnData, *, answers: bool
+) -> tuple[dict[str, list[Example]], dict[str, dict[str, int]]]:
+    """Return the sets, and for each what was left out of it."""
 
     def read(name: str, source: str, stream: str, needs_answer: bool | None = None) -> Found:
         return read_source(
@@ -150,6 +222,11 @@ def _read(given: OwnData, *, answers: bool) -> tuple[TestbedData, dict[str, dict
         defended = read("trained-on", source, "prompts").examples
         for name in ("harmful", "eval", "permitted"):
             check_disjoint({name: sets.get(name, []), f"trained-on {source}": defended})
+    return sets, {name: dict(one.left_out) for name, one in found.items() if one.left_out}
+
+
+def _parts(sets: Mapping[str, list[Example]]) -> TestbedData:
+    """Return the sets in the places that a testbed's have."""
     benign, task = sets.get("benign", []), {"train": list[Example](), "test": list[Example]()}
     if benign:
         task = split_by_prompt(benign, {"train": 1 - _TEST_SHARE, "test": _TEST_SHARE}, seed=0)
@@ -162,5 +239,4 @@ def _read(given: OwnData, *, answers: bool) -> tuple[TestbedData, dict[str, dict
         "restricted": sets["eval"],
         "permitted": sets.get("permitted", []),
     }
-    data = TestbedData(**parts, refusal_probe=[], hashes=hashes_of(parts))  # type: ignore[arg-type]
-    return data, {name: dict(one.left_out) for name, one in found.items() if one.left_out}
+    return TestbedData(**parts, refusal_probe=[], hashes=hashes_of(parts))  # type: ignore[arg-type]

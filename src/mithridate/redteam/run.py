@@ -238,7 +238,7 @@ def _run(
     )
     _check_data(testbed, config)
     on_event(Event(stage="opening the models"))
-    targets, base = _targets(config, testbed)
+    targets, base = _targets(config, testbed, sizes)
     folder = _RunFolder(config, battery, targets, testbed)
     bench = _Bench(config, testbed, sizes, base, runner or _in_parallel(targets), on_event)
     rate, base_harm = bench.calibrate(targets["undefended"])
@@ -361,7 +361,7 @@ class _Bench:
             learning_rate=learning_rate,
             model=target.folder,
             base=with_base.folder if with_base else None,
-            testbed=self.config.own or self.testbed.name,
+            testbed=self.testbed.given if isinstance(self.testbed, OwnBed) else self.testbed.name,
             seed=seed,
             sizes=self.sizes,
             split=split,
@@ -812,8 +812,10 @@ def read_result(job: Job) -> dict[str, Any]:
     return found
 
 
-def _targets(config: RedteamConfig, testbed: Testbed) -> tuple[dict[str, _Target], _Target | None]:
-    """Open every model once: it loads, fits, and the base is the base."""
+def _targets(
+    config: RedteamConfig, testbed: Testbed, sizes: Sizes
+) -> tuple[dict[str, _Target], _Target | None]:
+    """Open every model once: it loads, fits, the base is the base, and own data fits them all."""
     of_testbed = not isinstance(testbed, OwnBed)
     sources = {
         "undefended": config.reference or f"{testbed.name}:aligned",
@@ -822,15 +824,15 @@ def _targets(config: RedteamConfig, testbed: Testbed) -> tuple[dict[str, _Target
         "ablated": config.ablated,
         "base": config.base or (f"{testbed.name}:base" if of_testbed else None),
     }
-    found, opened = {}, {}
+    found, opened, tokenizers = {}, {}, {}
     first_day = _first_day(config.output_dir / "manifest.json")
     for name, source in sources.items():
         if source is None:
             continue
         folder = resolve_model(source, testbed if of_testbed else None)
-        opened[name], tokenizer = models.load(str(folder))
+        opened[name], tokenizers[name] = models.load(str(folder))
         # Nothing is asked of the base: it may have no template.
-        asked = None if name == "base" else chat.ChatFormat(tokenizer, date=first_day)
+        asked = None if name == "base" else chat.ChatFormat(tokenizers[name], date=first_day)
         found[name] = _Target(
             name=name, folder=folder, hash=weights_hash(opened[name]),
             template=asked.template_hash if asked else "", date=asked.date if asked else None,
@@ -839,6 +841,9 @@ def _targets(config: RedteamConfig, testbed: Testbed) -> tuple[dict[str, _Target
     for name, model in opened.items():
         if name != "base" and "base" in opened:
             check_same_shapes(model, opened["base"])
+    if isinstance(testbed, OwnBed):
+        pairs = [(model, tokenizers[name]) for name, model in opened.items()]
+        testbed.fit(pairs, rows=sizes.batch_size)
     return found, found.pop("base", None)
 
 
