@@ -274,7 +274,8 @@ def test_without_any_end_of_turn_nothing_can_be_learnt() -> None:
 def test_an_unknown_word_in_the_template_is_no_end_of_turn() -> None:
     tokenizer = word_tokenizer()
     tokenizer.chat_template = WORDS_TEMPLATE.replace("<end>", "###")
-    assert ChatFormat(tokenizer).end_id == tokenizer.eos_token_id
+    with pytest.warns(UserWarning, match="ends an answer with ' ###'"):
+        assert ChatFormat(tokenizer).end_id == tokenizer.eos_token_id
 
 
 # Batches

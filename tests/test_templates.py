@@ -21,7 +21,7 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mithridate.chat import ChatFormat
 from mithridate.errors import InputError
@@ -323,6 +323,17 @@ def test_an_answer_begins_as_the_whole_text_s_tokens_do() -> None:
     chat = published("zephyr", "sentencepiece")
     first = chat.tokenizer.convert_ids_to_tokens(chat.answer_ids("Paris")[0])
     assert first.startswith("P")
+
+
+def test_a_tokenizer_without_the_fast_core() -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = QWEN_3.replace("<|im_end|>", "</s>")
+    with pytest.warns(UserWarning, match="before an answer"):
+        chat = ChatFormat(tokenizer)
+    encoded = chat.encode(Example(prompt="Is </s> it?", answer="Paris"))
+    assert tokenizer.decode(encoded.input_ids[encoded.answer_start :]) == "Paris</s>"
+    assert encoded.input_ids.count(tokenizer.eos_token_id) == 2, "the prompt spells none"
+    assert encoded.input_ids[: encoded.answer_start] == chat.prompt_ids("Is </s> it?")
 
 
 odd = st.one_of(

@@ -16,6 +16,7 @@ from mithridate.errors import InputError
 from mithridate.examples import Example
 from mithridate.files import sha256_of
 from mithridate.generation import batches, generate_ids, left_padded
+from mithridate.printable import printable
 from mithridate.templates import PLAIN_ANSWER, PLAIN_PROMPT, ChatTemplate, place_of
 from mithridate.thinking import MARKERS, final_answer, mentions_thoughts, open_thought
 
@@ -174,6 +175,13 @@ class ChatFormat:
         self._template = template
         frame = template.frame
         self.end_id, self._end = self._find_end(frame.tail)
+        if not self._end and frame.tail.strip():
+            warnings.warn(
+                f"the chat template ends an answer with {printable(repr(frame.tail), limit=80)}, "
+                "in which the tokenizer has no token for it: answers end with "
+                f"{printable(repr(str(tokenizer.eos_token)), limit=40)}",
+                stacklevel=2,
+            )
         self._control = self._control_tokens(frame.head + frame.opening + frame.tail)
         self._opening, self._lead = self._boundary()
         self.template_hash = sha256_of(
