@@ -233,6 +233,38 @@ class Manifest(Record):
     models: dict[str, str] = {}
 
 
+class Passes(Record):
+    """What one purpose has cost."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    forwards: Count = 0
+    backwards: Count = 0
+    walks: Count = 0
+    tokens: Count = 0
+    generated: Count = 0
+    seconds: Number = 0.0
+    peak_bytes: Count = 0
+
+
+class Written(Record):
+    """How many rows a file has, and its SHA-256."""
+
+    rows: Count
+    sha256: str
+
+
+class RunManifest(Record):
+    """``manifest.json`` of an immunisation."""
+
+    identity: dict[str, Any]
+    status: Literal["running", "stopped", "finished"] = "running"
+    hashes: dict[str, str] = {}
+    history: Written | None = None
+    ledger: dict[str, Passes] = {}
+    seconds: Number = 0.0
+
+
 class ListedAttack(Record):
     """An attack of ``battery.yaml``."""
 

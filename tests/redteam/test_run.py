@@ -553,8 +553,8 @@ def test_another_run_s_folder_a_wrong_base_and_unknown_models_are_refused(bed, b
     whole = manifest.read_text()
     for text, said in (
         (whole.replace('"schema": 1', '"schema": 7'), "a run of version 7"),
-        (whole[:40], "not the manifest of a run"),
-        ("[]", "not the manifest of a run"),
+        (whole[:40], "not valid JSON"),
+        ("[]", "not a JSON object"),
     ):
         manifest.write_text(text)
         with pytest.raises(InputError, match=said) as error:

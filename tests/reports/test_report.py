@@ -171,6 +171,11 @@ def test_an_immunisation_alone_is_not_called_unfinished(tmp_path: Path) -> None:
         render_report(tmp_path)
 
 
+def test_a_page_that_reveals_is_for_its_owner_alone(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert render_report(folder, reveal=True).stat().st_mode & 0o077 == 0
+
+
 def test_not_a_number_is_refused(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     path = folder / "trajectory.jsonl"

@@ -129,7 +129,7 @@ def _arm(made, where, step):
 
         Trainer._save_optimizer_and_scheduler = save_and_die
     elif where == "release":
-        trainer.save_release = lambda model, tokenizer, folder: die()
+        trainer.save_release = lambda *_, **__: die()
     else:
         seal = trainer.seal
 

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from mithridate.errors import InputError
 from mithridate.training import newest_complete
 from mithridate.training.checkpoints import seal
 from mithridate.training.runs import RunFolder
@@ -125,6 +126,28 @@ def test_a_finished_run_that_was_damaged_is_made_again(name, straight, tmp_path)
     (tmp_path / "run" / name).write_bytes(data)
     assert run(tmp_path / "run", "sft") == 0
     assert_same_run(straight["sft"], tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "", "[]", "{", "null", {"identity": 5}, {"status": "done"}, {"hashes": [1]},
+        {"ledger": {"x": {"forwards": "many"}}}, {"ledger": {"x": {"odd": 1}}}, {"seconds": "long"},
+        {"seconds": float("inf")}, {"history": 3}, "folder",
+    ],
+)  # fmt: skip
+def test_a_damaged_manifest_is_refused_by_name(changed, straight, tmp_path):
+    folder = RunFolder(tmp_path)
+    path = tmp_path / "manifest.json"
+    if changed == "folder":
+        path.mkdir()
+    elif isinstance(changed, dict):
+        kept = json.loads((straight["sft"] / "manifest.json").read_text())
+        path.write_text(json.dumps(kept | changed))
+    else:
+        path.write_text(changed)
+    with pytest.raises(InputError, match=r"manifest\.json that no immunisation has written"):
+        folder.read_manifest()
 
 
 def test_ctrl_c_saves_says_how_to_resume_and_resumes(straight, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -37,6 +38,12 @@ from mithridate.cli.console import (
     write_document,
 )
 from mithridate.errors import InputError, RunInterruptedError, RunStoppedError
+
+_OF_THE_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+}  # fmt: skip
+"""Errors of the operating system that say nothing about the program: full, read-only, forbidden."""
 
 app = typer.Typer(
     name="mithridate",
@@ -109,6 +116,14 @@ def _run(arguments: list[str], stream: IO[str] | None) -> int:
     except RunStoppedError as error:
         show_error("the run stopped itself", str(error))
         return _failed(stream, type(error).__name__, {"what": str(error)}, STOPPED)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        what = f"it cannot be read or written: {error.strerror}"
+        where = None if error.filename is None else str(error.filename)
+        mend = "free space, or mend the permissions, and run the same command again"
+        show_error("the run stopped", what, where=where, mend=mend)
+        return _failed(stream, "system", {"what": what, "where": where, "mend": mend}, STOPPED)
     except typer.TyperException as error:
         what = error.format_message()
         mend = "`mithridate --help` and `mithridate COMMAND --help` list what there is"

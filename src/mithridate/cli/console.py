@@ -50,16 +50,29 @@ def is_main_process() -> bool:
 
 def err() -> Console:
     """Return the console for progress, warnings and errors."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
 
 
 def out() -> Console:
     """Return the console for results meant for a reader."""
-    from rich.console import Console
+    return _console(stderr=False)
 
-    return Console(highlight=False)
+
+def _console(*, stderr: bool) -> Console:
+    """Return a console that shows no text as anything but text, whoever wrote it."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Inert(Console):
+        # Everything that is shown passes here: tables, panels, progress, plain lines.
+        def render(self, *given: Any, **options: Any) -> Iterator[Segment]:
+            for part in super().render(*given, **options):
+                text = part.text
+                if part.control is None and not text.isprintable():
+                    text = "\n".join(map(printable, text.split("\n")))
+                yield part._replace(text=text)
+
+    return Inert(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager

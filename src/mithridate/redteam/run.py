@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import mithridate
-from mithridate import chat, generation, models, templates, thinking
+from mithridate import chat, generation, models, schema, templates, thinking
 from mithridate.attacks import adaptive, editing, finetune, inserts, rl
 from mithridate.attacks.editing import check_same_shapes
 from mithridate.configs import read_yaml, require
@@ -34,6 +34,7 @@ from mithridate.judges.base import JudgeError
 from mithridate.measures import probe
 from mithridate.measures.trajectory import keeps_utility, start_of
 from mithridate.model_folders import count_parameters
+from mithridate.printable import quoted
 from mithridate.provenance import versions
 from mithridate.redteam import material, pipeline, processes, search
 from mithridate.redteam.battery import (
@@ -699,14 +700,11 @@ class _RunFolder:
     def _check(self, manifest: Path) -> None:
         """Refuse a folder that holds something else than an earlier start of this very run."""
         mend = "choose another --output-dir; finished attacks are kept all the same"
-        try:
-            before = json.loads(manifest.read_text(encoding="utf-8"))
-            schema, hashes = before.get("schema"), before.get("models")
-        except (ValueError, AttributeError):
-            raise InputError("not the manifest of a run", where=str(manifest), mend=mend) from None
+        before = schema.read_object(manifest, mend=mend)
+        version, hashes = before.get("schema"), before.get("models")
         require(hashes == self._hashes, f"{self.path} holds a run on other models", mend)
-        require(schema == SCHEMA, f"{self.path} holds a run of version {schema}, this program "
-                f"writes version {SCHEMA}", mend)  # fmt: skip
+        require(version == SCHEMA, f"{self.path} holds a run of version {quoted(version)}, this "
+                f"program writes version {SCHEMA}", mend)  # fmt: skip
 
     def start(self, finished: Sequence[_Planned]) -> None:
         """Write what is known before the attacks, and the rows of those that are finished."""
@@ -999,10 +997,9 @@ def _collapse_token_of(folder: Path) -> int | None:
     if not manifest.is_file():
         return None
     try:
-        token = json.loads(manifest.read_text(encoding="utf-8"))["preparation"]["collapse_token"]
-    except (ValueError, KeyError, TypeError):
+        return int(schema.read_object(manifest)["preparation"]["collapse_token"])
+    except (InputError, ValueError, KeyError, TypeError):
         return None
-    return int(token)
 
 
 def _write_yaml(path: Path, document: Mapping[str, Any]) -> None:

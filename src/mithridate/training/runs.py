@@ -13,6 +13,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
+from mithridate import schema
 from mithridate.errors import InputError, RunStoppedError
 from mithridate.files import remove_tree, sha256_file, sync, write_atomic, write_json
 from mithridate.provenance import versions
@@ -75,11 +76,15 @@ class RunFolder:
             `begin` would destroy.
         """
         if self._manifest_file.exists():
+            foreign = []
             try:
-                self.manifest = json.loads(self._manifest_file.read_text(encoding="utf-8"))
-            except ValueError:
-                self.manifest = {}
-            foreign = [] if "identity" in self.manifest else [self._manifest_file.name]
+                self.manifest = schema.check(
+                    schema.RunManifest,
+                    schema.read_object(self._manifest_file),
+                    where=str(self._manifest_file),
+                )
+            except InputError:
+                foreign = [self._manifest_file.name]
         else:
             foreign = [path.name for path in (self.model, self.adapter) if path.exists()]
         if foreign:
@@ -104,12 +109,13 @@ class RunFolder:
         """Tell whether the run is done and its model and history are still what was written."""
         if self.manifest.get("status") != "finished":
             return False
-        hashes = {self.model / name: digest for name, digest in self.manifest["hashes"].items()}
-        if "history" in self.manifest:
+        listed = self.manifest.get("hashes", {})
+        hashes = {self.model / name: digest for name, digest in listed.items()}
+        if self.manifest.get("history"):
             hashes[self.history_file] = self.manifest["history"]["sha256"]
         damaged = [
             path
-            for path, digest in hashes.items()
+            for path, digest in (hashes or {self.model: ""}).items()
             if not path.is_file() or sha256_file(path) != digest
         ]
         if damaged:
@@ -121,12 +127,13 @@ class RunFolder:
 
     def result(self, model: PreTrainedModel) -> ImmunisationResult:
         """Return the finished run's result."""
-        lines = self.history_file.read_text(encoding="utf-8").splitlines()
         return ImmunisationResult(
             model=type(model).from_pretrained(self.model, dtype=torch.float32),
-            history=[json.loads(line) for line in lines],
-            ledger={name: PassCount(**item) for name, item in self.manifest["ledger"].items()},
-            seconds=self.manifest["seconds"],
+            history=[row for _, row in schema.read_rows(self.history_file)],
+            ledger={
+                name: PassCount(**one) for name, one in self.manifest.get("ledger", {}).items()
+            },
+            seconds=self.manifest.get("seconds", 0.0),
             output_dir=self.root,
         )
 
