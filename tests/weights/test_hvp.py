@@ -6,7 +6,14 @@ from torch import nn
 
 from mithridate.errors import InactiveTermError, InputError, RunStoppedError
 from mithridate.weights import GradientOracle, dot
-from mithridate.weights.hvp import STEPS, add_exact, add_far_end, add_finite, fidelity
+from mithridate.weights.hvp import (
+    STEPS,
+    add_exact,
+    add_far_end,
+    add_finite,
+    fidelity,
+    gradient_with_graph,
+)
 from mithridate.weights.losses import answer_cross_entropy
 from tests.tiny import (
     FULL,
@@ -227,3 +234,53 @@ def test_products_are_symmetric(model):
     left = dot(u, product(oracle, add_exact, batch, v))
     assert left == pytest.approx(dot(v, product(oracle, add_exact, batch, u)), rel=1e-8)
     assert len(weights_of(model)) == len(u)
+
+
+def test_a_kept_graph_gives_the_product_without_another_pass(model):
+    oracle, batch, direction = GradientOracle(model), tiny_batch(), random_direction(model, 1)
+    gradient, value, graph = gradient_with_graph(oracle, answer_cross_entropy, batch, purpose="g")
+    again, expected = oracle.gradient(answer_cross_entropy, batch, purpose="again")
+    assert relative_error(gradient, again) < 1e-9
+    assert value == pytest.approx(expected, rel=1e-12)
+    with oracle.space.shifted((0.3, direction)):
+        # A pass elsewhere, as a look-ahead makes one, does not disturb it.
+        oracle.gradient(answer_cross_entropy, tiny_batch(seed=5), purpose="elsewhere")
+    found = product(oracle, add_exact, batch, direction, coefficient=0.5, graph=graph)
+    assert relative_error([2 * h for h in found], true_product(model, batch, direction)) < 1e-9
+    made, walked = oracle.ledger["g"], oracle.ledger["x"]
+    assert (made.forwards, made.backwards, made.walks) == (1, 1, 1)
+    assert (walked.forwards, walked.backwards, walked.walks, walked.tokens) == (0, 1, 2, 0)
+    assert graph == []
+
+
+def test_micro_batches_keep_no_graph_and_give_the_same_product(model):
+    oracle = GradientOracle(model, micro_batch_size=1)
+    batch, direction = tiny_batch(), random_direction(model, 1)
+    _, _, graph = gradient_with_graph(oracle, answer_cross_entropy, batch, purpose="g")
+    assert graph == []
+    found = product(oracle, add_exact, batch, direction, graph=graph)
+    assert relative_error(found, true_product(model, batch, direction)) < 1e-9
+    assert (oracle.ledger["g"].forwards, oracle.ledger["x"].forwards) == (4, 4)
+
+
+def test_a_kept_graph_outlives_recomputation():
+    model = tiny_model(FULL)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        module.training = True
+    oracle, batch, direction = GradientOracle(model), tiny_batch(), random_direction(model, 1)
+    _, _, graph = gradient_with_graph(oracle, answer_cross_entropy, batch, purpose="g")
+    with oracle.space.shifted((0.3, direction)):
+        oracle.gradient(answer_cross_entropy, batch, purpose="elsewhere")
+    found = product(oracle, add_exact, batch, direction, graph=graph)
+    assert relative_error(found, true_product(tiny_model(FULL), batch, direction)) < 1e-9
+
+
+def test_a_graph_of_once_differentiable_operations_is_refused():
+    model = tiny_llama()
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda states: plain(Kernel.apply(states))
+    oracle, batch = GradientOracle(model), tiny_batch()
+    _, _, graph = gradient_with_graph(oracle, answer_cross_entropy, batch, purpose="g")
+    with pytest.raises(InputError, match="cannot be differentiated twice"):
+        product(oracle, add_exact, batch, random_direction(model, 1), graph=graph)

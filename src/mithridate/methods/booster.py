@@ -47,7 +47,7 @@ from mithridate.methods.lookahead import (
 )
 from mithridate.weights import dot, norm
 from mithridate.weights.arithmetic import scale_
-from mithridate.weights.hvp import add_exact
+from mithridate.weights.hvp import add_exact, gradient_with_graph
 from mithridate.weights.losses import answer_cross_entropy
 from mithridate.weights.oracle import refuse_rounded, rounded_weights
 
@@ -170,7 +170,7 @@ class Booster(Method):
         if not self.flattened:
             return 1
         if self.config.gradient == "exact":
-            return 5
+            return 4
         turned = self.config.lookahead_direction != "gradient"
         return self._ahead.backwards + (3 if turned else 2)
 
@@ -178,7 +178,7 @@ class Booster(Method):
     def parameter_buffers(self) -> int:
         if not self.flattened:
             return 0
-        # Exact: g, v, and the graph of a gradient.
+        # Exact: g, v, and what is carried back through g's graph.
         return 3 if self.config.gradient == "exact" else self._ahead.buffers
 
     @property
@@ -241,8 +241,10 @@ class Booster(Method):
     def _exact(self, context: RunContext, terms: dict[str, float]) -> None:
         """Leave lambda * (g - J^T v) in ``.grad``; g and v are kept beside it."""
         oracle, space, weight = context.oracle, context.space, self.config.flatness_weight
-        with oracle.fresh_gradient() as g:
-            harmful = self._ahead.gradient(context, terms)
+        harmful = context.draw("harmful", self.config.harmful_rows)
+        g, terms["harmful"], graph = gradient_with_graph(
+            oracle, answer_cross_entropy, harmful, purpose="look-ahead"
+        )
         shift = -self._ahead.step_along(context, g, terms)
         with space.shifted((shift, g)):
             v, terms["harmful_ahead"] = oracle.gradient(
@@ -258,6 +260,7 @@ class Booster(Method):
             direction,
             coefficient=-weight * shift,
             purpose="exact",
+            graph=graph,
         )
         torch._foreach_add_(space.gradient(), g, alpha=weight)
         torch._foreach_add_(space.gradient(), v, alpha=-weight)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -23,6 +22,7 @@ from mithridate.weights.hvp import (
     add_far_end,
     add_finite,
     fidelity,
+    gradient_with_graph,
     twice_differentiable,
 )
 from mithridate.weights.losses import answer_cross_entropy
@@ -57,7 +57,7 @@ class Coupling:
     @property
     def backwards(self) -> int:
         """Backward calls of `add` at one micro-batch."""
-        return 2 if self.hvp in ("auto", "finite") else 4
+        return {"central": 4, "exact": 3}.get(self.hvp, 2)
 
     def prepare(self, context: RunContext, a: Batch, b: Batch) -> dict[str, float]:
         """Check differences before anything depends on them (F1), and choose ``epsilon``."""
@@ -101,6 +101,17 @@ class Coupling:
         """Return how g_a and g_b are to be taken: differences of them need true float32 (P3)."""
         return nullcontext() if self.hvp == "exact" else context.oracle.full_precision()
 
+    def last_gradient(
+        self, context: RunContext, b: Batch, *, purpose: str
+    ) -> tuple[Gradient, float, Gradient]:
+        """Return g_b, b's loss, and the graph that an exact product walks on from.
+
+        Taken last, the graph waits through no other pass and costs no memory at the peak.
+        """
+        if self.hvp == "exact":
+            return gradient_with_graph(context.oracle, answer_cross_entropy, b, purpose=purpose)
+        return *context.oracle.gradient(answer_cross_entropy, b, purpose=purpose), []
+
     def add(
         self,
         context: RunContext,
@@ -109,10 +120,11 @@ class Coupling:
         b: Batch,
         g_b: Gradient,
         terms: dict[str, float],
+        graph: Gradient | None = None,
     ) -> None:
         """Add beta * (H_a delta_a / ||g_a|| + H_b delta_b / ||g_b||) to ``.grad``.
 
-        ``g_a`` and ``g_b`` are used up for it: what is left in them is of no use.
+        ``g_a``, ``g_b`` and its ``graph`` are used up: what is left in them is of no use.
         """
         angle = Angle.between(g_a, g_b)
         terms["cosine"] = angle.cosine
@@ -131,18 +143,47 @@ class Coupling:
         if self.hvp == "finite":
             self._add_differences(context, angle, sides, length)
             return
+        if self.hvp == "exact":
+            self._add_products(context, angle, sides, graph)
+            return
         angle.turn_(g_a, g_b)
         for batch, delta, coefficient in sides:
-            add = add_exact if self.hvp == "exact" else partial(add_finite, step=length)
-            add(
+            add_finite(
                 context.oracle,
                 answer_cross_entropy,
                 batch,
                 [(1.0, delta)],
+                step=length,
                 coefficient=coefficient,
                 purpose="coupling",
             )
             delta.clear()
+
+    def _add_products(
+        self,
+        context: RunContext,
+        angle: Angle,
+        sides: Sequence[tuple[Batch, Gradient, float]],
+        graph: Gradient | None,
+    ) -> None:
+        """Add both exact products; b's graph is free before a's is made."""
+        (a, g_a, weight_a), (b, g_b, weight_b) = sides
+        unit_a, unit_b = (1 / (angle.sine * size) for size in (angle.size_a, angle.size_b))
+        delta_a = [(unit_b, g_b), (-angle.cosine * unit_a, g_a)]
+        delta_b = [(unit_a, g_a), (-angle.cosine * unit_b, g_b)]
+        for batch, delta, weight, kept in (
+            (b, delta_b, weight_b, graph),
+            (a, delta_a, weight_a, None),
+        ):
+            add_exact(
+                context.oracle,
+                answer_cross_entropy,
+                batch,
+                delta,
+                coefficient=weight,
+                purpose="coupling",
+                graph=kept,
+            )
 
     def _add_differences(
         self,

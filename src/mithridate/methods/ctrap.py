@@ -49,7 +49,7 @@ from mithridate.methods.lookahead import (
     RadiusIn,
 )
 from mithridate.weights import dot, norm
-from mithridate.weights.hvp import add_exact
+from mithridate.weights.hvp import add_exact, gradient_with_graph
 from mithridate.weights.losses import (
     Loss,
     answer_cross_entropy,
@@ -204,13 +204,13 @@ class CTRAP(Method):
     def passes_per_step(self) -> float:
         if not self.trapped:
             return 1
-        return self._ahead.backwards + (4 if self.config.gradient == "exact" else 2)
+        return self._ahead.backwards + (3 if self.config.gradient == "exact" else 2)
 
     @property
     def parameter_buffers(self) -> int:
         if not self.trapped:
             return 0
-        # Exact: g_h, v, and the graph of a gradient.
+        # Exact: g_h, v, and what is carried back through g_h's graph.
         return 3 if self.config.gradient == "exact" else self._ahead.buffers
 
     @property
@@ -277,10 +277,12 @@ class CTRAP(Method):
         return terms
 
     def _exact(self, context: RunContext, batch: Batch, terms: dict[str, float]) -> None:
-        """Leave lambda * J^T v in ``.grad``; g_h and v are kept beside it."""
+        """Leave lambda * J^T v in ``.grad``; g_h, its graph and v are kept beside it."""
         oracle, space = context.oracle, context.space
-        with oracle.fresh_gradient() as g:
-            harmful = self._ahead.gradient(context, terms)
+        harmful = context.draw("harmful", self.config.harmful_rows)
+        g, terms["harmful"], graph = gradient_with_graph(
+            oracle, answer_cross_entropy, harmful, purpose="look-ahead"
+        )
         shift = -self._ahead.step_along(context, g, terms)
         with oracle.fresh_gradient() as v, space.shifted((shift, g)):
             self._collapse(context, batch, harmful, terms)
@@ -288,7 +290,13 @@ class CTRAP(Method):
         if self.config.lookahead == "normalised":
             direction.append((-dot(g, v) / dot(g, g), g))
         add_exact(
-            oracle, answer_cross_entropy, harmful, direction, coefficient=shift, purpose="exact"
+            oracle,
+            answer_cross_entropy,
+            harmful,
+            direction,
+            coefficient=shift,
+            purpose="exact",
+            graph=graph,
         )
         torch._foreach_add_(space.gradient(), v)
 

@@ -282,16 +282,16 @@ class SEAM(Method):
         terms: dict[str, float],
     ) -> None:
         """Add the gradient of beta * c at the weights as they stand; ``g_a`` where known."""
-        gradient = context.oracle.gradient
+        harmful, benign = batches["harmful"], batches["benign"]
         with self._coupling.precision(context):
             if g_a is None:
-                g_a, terms["harmful_ahead"] = gradient(
-                    answer_cross_entropy, batches["harmful"], purpose="harmful ahead"
+                g_a, terms["harmful_ahead"] = context.oracle.gradient(
+                    answer_cross_entropy, harmful, purpose="harmful ahead"
                 )
-            g_b, terms["benign"] = gradient(
-                answer_cross_entropy, batches["benign"], purpose="benign"
+            g_b, terms["benign"], graph = self._coupling.last_gradient(
+                context, benign, purpose="benign"
             )
-        self._coupling.add(context, batches["harmful"], g_a, batches["benign"], g_b, terms)
+        self._coupling.add(context, harmful, g_a, benign, g_b, terms, graph)
 
     @contextmanager
     def _simulated(self, context: RunContext, terms: dict[str, float]) -> Iterator[None]:

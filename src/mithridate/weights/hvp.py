@@ -8,7 +8,8 @@ element and never stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +85,36 @@ def add_far_end(
     displacement.clear()
 
 
+def gradient_with_graph(
+    oracle: GradientOracle, loss: Loss, batch: Batch, *, purpose: str
+) -> tuple[Gradient, float, Gradient]:
+    """Return the gradient of the mean loss, the loss, and the graph for one `add_exact`.
+
+    The graph is the gradient once more, as tensors that can be differentiated, and keeps the
+    pass's activations. It is empty where several passes make the gradient (micro-batches,
+    processes): kept together they would need the memory that the split saves.
+
+    Raises
+    ------
+    InputError
+        If an operation of the model has no second derivative.
+    """
+    graph: Gradient = []
+    pieces = oracle.micro_batches(batch)
+    if len(pieces) > 1 or oracle.processes > 1:
+        return *oracle.gradient(loss, batch, purpose=purpose), graph
+    (piece,) = pieces
+    with _differentiating_twice():
+        (value,) = oracle.backward(
+            lambda: (loss(oracle.model, piece) / batch.label_count,),
+            tokens=piece.tokens,
+            purpose=purpose,
+            into=(graph,),
+            create_graph=True,
+        )
+    return [tensor.detach() for tensor in graph], value, graph
+
+
 def add_exact(
     oracle: GradientOracle,
     loss: Loss,
@@ -92,12 +123,19 @@ def add_exact(
     *,
     purpose: str,
     coefficient: float = 1.0,
+    graph: Gradient | None = None,
 ) -> None:
     """Add ``coefficient * H v`` to ``.grad`` as the gradient of the slope of the loss along v.
 
     One forward and two backward traversals per micro-batch; holds one parameter-sized buffer.
     Attention runs in the MATH backend of `scaled_dot_product_attention`, the only one that can be
     differentiated twice. ``direction`` must not share memory with ``.grad``.
+
+    Parameters
+    ----------
+    graph
+        What `gradient_with_graph` returned for this loss and batch at these weights: it is walked,
+        and emptied, in place of a forward and a backward traversal.
 
     Raises
     ------
@@ -111,23 +149,45 @@ def add_exact(
         value = loss(model, piece)
         with torch.autocast(value.device.type, enabled=False):
             first = torch.autograd.grad(
-                value, oracle.space.tensors, create_graph=True, allow_unused=True
+                value, oracle.space.tensors, create_graph=True, materialize_grads=True
             )
             oracle.ledger[purpose].backwards += 1
             # The second call walks the first one's graph and the forward pass again.
             oracle.ledger[purpose].walks += 2
-            total = value.new_zeros(())
-            for c, gradient in direction:
-                for g, t in zip(first, gradient, strict=True):
-                    if g is not None:
-                        total = total + c * (g * t).sum()
-        if not total.requires_grad:
-            raise InactiveTermError("double backward found no graph: the product would be zero")
-        return total
+            return _along(first, direction)
 
+    with _differentiating_twice():
+        if graph:
+            oracle.backward(
+                lambda: (coefficient * _along(graph, direction),),
+                tokens=0,
+                purpose=purpose,
+                forwards=0,
+                walks=2,
+            )
+            graph.clear()
+        else:
+            oracle.accumulate(slope, batch, purpose=purpose, coefficient=coefficient)
+
+
+def _along(first: Sequence[torch.Tensor], direction: Terms) -> torch.Tensor:
+    """Return the slope along ``direction`` of the loss whose gradient is ``first``."""
+    total = first[0].new_zeros(())
+    for c, gradient in direction:
+        for g, t in zip(first, gradient, strict=True):
+            if g.requires_grad:
+                total = total + c * (g * t).sum()
+    if not total.requires_grad:
+        raise InactiveTermError("double backward found no graph: the product would be zero")
+    return total
+
+
+@contextmanager
+def _differentiating_twice() -> Iterator[None]:
+    """Run attention in the one backend that can be; refuse models that cannot be."""
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            oracle.accumulate(slope, batch, purpose=purpose, coefficient=coefficient)
+            yield
     except RuntimeError as error:
         if not any(word in str(error) for word in _NO_SECOND_DERIVATIVE):
             raise

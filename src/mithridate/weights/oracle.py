@@ -208,6 +208,7 @@ class GradientOracle:
         tokens: int,
         purpose: str,
         into: Sequence[Gradient | None] = (None,),
+        create_graph: bool = False,
         inputs: Sequence[torch.Tensor] | None = None,
         forwards: int = 1,
         walks: int | None = None,
@@ -222,6 +223,8 @@ class GradientOracle:
         into
             For each term the buffer its gradient is added to, or an empty list that it fills;
             ``None`` means ``.grad``.
+        create_graph
+            Fill the empty lists with gradients that can be differentiated themselves.
         inputs
             Tensors to differentiate by instead of the weights, which then get no gradient and
             cost none.
@@ -252,6 +255,12 @@ class GradientOracle:
             last = index == len(into) - 1
             if target is None:
                 term.backward(retain_graph=not last, inputs=inputs)
+            elif create_graph:
+                target.extend(
+                    torch.autograd.grad(
+                        term, self.space.tensors, create_graph=True, materialize_grads=True
+                    )
+                )
             else:
                 with self._adding_to(target):
                     term.backward(retain_graph=not last)
