@@ -14,7 +14,7 @@ EXTRAS := atlas audit embeddings search trl dev
 TORCH := $(shell grep -o '^torch==[^ ]*' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-lowest test-slow bench bench-methods claims mutants lint format clean
+.PHONY: help setup demo test test-lowest test-slow bench bench-methods claims mutants compat lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ mutants: $(STAMP) ## change the code and see that a test dies (ARGS="mithridate.
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[mutants]'
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(WORKERS) $(ARGS)
 	$(BIN)/mutmut results
+
+compat: $(STAMP) ## every method on every architecture (ARGS="--families llama mamba")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.compat.table --workers $(WORKERS) --page docs/compatibility.md $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from mithridate.configs import read_yaml
 from mithridate.errors import InputError
 from mithridate.examples import STREAMS, Reading, read_source
 from mithridate.immunisation import ImmunisationPlan, read_settings
+from mithridate.measures.rows import BATTERY_VALUES
 
 SECONDS = 10
 ROWS = [
@@ -187,7 +188,7 @@ MERGES = "a: &a {k: v}\n" + "".join(
         ("[" * 100_000, "too deep"),
         ("? " * 40_000, "too deep"),
         ("a: [" + "1," * 200_000 + "]", "more than 20000 values"),
-        ("a: 1\n" * 300_000, "more than 1 MiB"),
+        ("a: 1\n" * 300_000, "more than 1015 KiB"),
         ("a: 0x_\n", "not valid YAML"),
         ("a: " + "9" * 5000, "not valid YAML"),
         ("a: !!set {x}\n", "tag:yaml.org,2002:set"),
@@ -219,3 +220,12 @@ def test_long_values_are_quoted_in_part(tmp_path: Path) -> None:
         )
     assert "steps: 'xxx" in str(caught.value)
     assert len(str(caught.value)) < 3000
+
+
+def test_a_battery_of_many_attacks_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "battery.yaml"
+    attack = "- {id: A, phases: [{do: train, rate: 1}]}\n"
+    path.write_text("attacks:\n" + attack * 2500)
+    with pytest.raises(InputError, match="more than 20000 values"):
+        read_yaml(path)
+    assert len(read_yaml(path, most_values=BATTERY_VALUES)["attacks"]) == 2500

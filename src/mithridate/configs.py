@@ -52,8 +52,7 @@ Range = Annotated[
 ]
 
 
-_MOST_BYTES = 1 << 20
-_MOST_VALUES = 20_000
+_BYTES_A_VALUE = 52
 _MOST_DEPTH = 32
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 
@@ -72,8 +71,9 @@ class _Loader(yaml.SafeLoader):
     for more than any memory holds.
     """
 
-    def __init__(self, stream: bytes) -> None:
+    def __init__(self, stream: bytes, most_values: int) -> None:
         super().__init__(stream)
+        self._most_values = most_values
         self._depth = self._values = 0
         self._sizes: dict[int, int] = {}
 
@@ -92,9 +92,9 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None, None, "the alias stands within what it names", mark
             )
-        if max(self._values, self._sizes.get(id(node), 0)) > _MOST_VALUES:
+        if max(self._values, self._sizes.get(id(node), 0)) > self._most_values:
             raise yaml.composer.ComposerError(
-                None, None, f"it stands for more than {_MOST_VALUES} values", mark
+                None, None, f"it stands for more than {self._most_values} values", mark
             )
         return node
 
@@ -187,14 +187,24 @@ def check_values(config: Any) -> None:
     require(not faults, "; ".join(faults), "correct what is named")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, most_values: int = 20_000) -> dict[str, Any]:
     """Read a YAML mapping of plain values; anything else is an `InputError`.
 
     Unlike with `yaml.safe_load`, a key given twice is an error.
+
+    Parameters
+    ----------
+    most_values
+        Bound on the values that the file stands for, its aliases written out; a bound on its bytes
+        follows from it.
     """
     where = str(path)
     try:
-        value = yaml.load(_bounded(path), Loader=_Loader)
+        loader = _Loader(_bounded(path, most_values * _BYTES_A_VALUE), most_values)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
     except InputError:
         raise
     except FileNotFoundError:
@@ -215,16 +225,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _bounded(path: Path) -> bytes:
+def _bounded(path: Path, most_bytes: int) -> bytes:
     fault = ""
     if path.is_fifo() or path.is_char_device():
         fault = "is no regular file"
     else:
         with path.open("rb") as handle:
-            data = handle.read(_MOST_BYTES + 1)
-        if len(data) <= _MOST_BYTES:
+            data = handle.read(most_bytes + 1)
+        if len(data) <= most_bytes:
             return data
-        fault = f"holds more than {_MOST_BYTES >> 20} MiB"
+        fault = f"holds more than {most_bytes >> 10} KiB"
     raise InputError(fault, where=str(path), mend="give a YAML file")
 
 

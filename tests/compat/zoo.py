@@ -246,7 +246,7 @@ def zoo_model(family: str, *, seed: int = 0, layers: int | None = None) -> PreTr
     return model.eval()
 
 
-def zoo_multimodal(family: str) -> PreTrainedModel:
+def zoo_multimodal(family: str, *, seed: int = 0) -> PreTrainedModel:
     """Return a random model of a family of `MULTIMODAL`, whole, with its vision tower."""
     options = dict(MULTIMODAL[family])
     text = options.pop("text")
@@ -264,7 +264,7 @@ def zoo_multimodal(family: str) -> PreTrainedModel:
             "rope_theta": 1e4,
             "mrope_section": [1, 1, 2],
         }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = kind(
         text_config={"model_type": text, "vocab_size": len(zoo_tokenizer()) + 8, **inner},
         vision_config=vision,
@@ -274,9 +274,9 @@ def zoo_multimodal(family: str) -> PreTrainedModel:
     return model.eval()
 
 
-def save_zoo(family: str, folder: Path) -> Path:
+def save_zoo(family: str, folder: Path, *, seed: int = 0) -> Path:
     """Write the tiny model of ``family`` with the tokenizer to ``folder``, and return it."""
     build = zoo_multimodal if family in MULTIMODAL else zoo_model
-    build(family).save_pretrained(folder)
+    build(family, seed=seed).save_pretrained(folder)
     zoo_tokenizer().save_pretrained(folder)
     return folder

@@ -18,7 +18,7 @@ from mithridate.configs import read_yaml
 from mithridate.errors import GateError, InputError
 from mithridate.measures import rows as run_rows
 from mithridate.measures.attacker import attackers_best, base_harm
-from mithridate.measures.rows import Measured, Row
+from mithridate.measures.rows import BATTERY_VALUES, Measured, Row
 from mithridate.measures.trajectory import keeps_utility
 
 _FIRES = 0.05
@@ -205,7 +205,7 @@ def _count_run(measured: Measured) -> _Count:
 def _count_battery(measured: Measured, rows: Sequence[Row]) -> _Count:
     """Return how a battery's rows are counted: what is valid, and in whose steps."""
     where = str(measured.path / "battery.yaml")
-    document = read_yaml(measured.path / "battery.yaml")
+    document = read_yaml(measured.path / "battery.yaml", most_values=BATTERY_VALUES)
     listed = {str(entry["id"]): entry for entry in document.get("attacks") or ()}
     entry = listed.get(str(measured.control))
     if entry is None:

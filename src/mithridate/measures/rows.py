@@ -17,6 +17,8 @@ from mithridate.printable import quoted
 SCHEMA = 1
 ONE_ATTACK = "finetune"
 """Name of the only attack of a folder that `mithridate demo` or `attack` wrote."""
+BATTERY_VALUES = 400_000
+"""Most values of a run's ``battery.yaml``, which lists every attack: thousands, if asked for."""
 
 Target = Literal["base", "undefended", "control", "defended", "ablated", "filtered"]
 TARGETS = ("base", "undefended", "control", "defended", "ablated", "filtered")
@@ -303,7 +305,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def _check_finished(path: Path) -> None:
     """Refuse a battery under way: its verdict would be about what happened to finish first."""
     own = path / "battery.yaml"
-    attacks = (read_yaml(own).get("attacks") or ()) if own.exists() else ()
+    attacks = (
+        (read_yaml(own, most_values=BATTERY_VALUES).get("attacks") or ()) if own.exists() else ()
+    )
     if not isinstance(attacks, list | tuple):
         raise InputError("attacks is not a list", where=str(own), mend="correct the battery")
     waiting = [
@@ -529,7 +533,7 @@ def _battery(path: Path) -> tuple[tuple[Listed, ...], str | None]:
     """Return the folder's own list of attacks, or the one that the package ships."""
     own = path / "battery.yaml"
     if own.exists():
-        document = read_yaml(own)
+        document = read_yaml(own, most_values=BATTERY_VALUES)
         schema.check(schema.BatteryFile, document, where=str(own), mend="correct the battery")
         return _listed([document], str(own)), document.get("control")
     room = files("mithridate") / "redteam"

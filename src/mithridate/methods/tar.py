@@ -356,7 +356,9 @@ def _states(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, list[torch.Te
         reduction="sum",
     )
     real = batch.attention_mask.bool()
-    return cross_entropy, [widen(state[real]) for state in output.hidden_states]
+    states = [widen(state[..., real, :]) for state in output.hidden_states]
+    # Gemma 3n's layers carry several states a token.
+    return cross_entropy, [torch.cat([*s], dim=-1) if s.dim() == 3 else s for s in states]
 
 
 def _answers_negative_entropy(model: nn.Module, batch: Batch) -> torch.Tensor:

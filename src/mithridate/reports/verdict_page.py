@@ -12,7 +12,7 @@ from typing import Any
 from mithridate import schema
 from mithridate.configs import read_yaml
 from mithridate.errors import GateError, InputError
-from mithridate.measures.rows import read_summary
+from mithridate.measures.rows import BATTERY_VALUES, read_summary
 from mithridate.printable import printable
 from mithridate.reports.charts import IntervalBar
 from mithridate.reports.html import flat, printable_lines, render
@@ -222,7 +222,7 @@ def attack_names(run_dir: Path) -> dict[str, tuple[str, str]]:
             printable(str(entry.get("name", ""))),
             printable(str(entry.get("state", ""))),
         )
-        for entry in read_yaml(path).get("attacks") or ()
+        for entry in read_yaml(path, most_values=BATTERY_VALUES).get("attacks") or ()
         if isinstance(entry, Mapping) and "id" in entry
     }
 
