@@ -46,8 +46,9 @@ def _show(entry: dict[str, Any]) -> None:
     facts.add_row("paper", Text(entry["paper"]))
     facts.add_row("streams", Text(", ".join(entry["streams"]) or "none"))
     facts.add_row("trains", Text(" or ".join(_SPACES[space] for space in entry["spaces"])))
-    cost = f"{entry['passes_per_step']:g} passes per step, {entry['parameter_buffers']} buffers"
-    facts.add_row("costs", Text(cost))
+    passes, buffers = entry["passes_per_step"], entry["parameter_buffers"]
+    per_step = f"{passes:g} {'pass' if passes == 1 else 'passes'} per step"
+    facts.add_row("costs", Text(f"{per_step}, {buffers} {'buffer' if buffers == 1 else 'buffers'}"))
     facts.add_row("defends", Text(f"against {entry['defends']}"))
     facts.add_row("limits", Text(entry["limits"]))
     console.print(Padding(facts, (0, 0, 0, 2), expand=False))

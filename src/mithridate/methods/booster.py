@@ -75,8 +75,8 @@ class BoosterConfig(MethodConfig):
         L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto`` and
         ``null``: the travel of 1 to 20 AdamW steps.
     lookahead_radius_in
-        Where an adapter is trained, what is that long: the move of the ``merged`` weights, or of
-        the adapter's ``factors``, which leads as much farther as alpha / rank is larger.
+        Where an adapter is trained, whose length the radius is: that of the ``merged`` weights'
+        move, or of its ``factors``' move, which leads farther the larger alpha / rank is.
     attack_learning_rate, unrolled_steps
         The attacker's, for ``auto`` and ``unrolled``.
     gradient

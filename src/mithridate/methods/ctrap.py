@@ -91,15 +91,15 @@ class CTRAPConfig(MethodConfig):
         L2 length over all trained weights; an interval is drawn from log-uniformly; ``auto`` and
         ``null``: the travel of 1 to 20 AdamW steps.
     lookahead_radius_in
-        Where an adapter is trained, what is that long: the move of the ``merged`` weights, or of
-        the adapter's ``factors``, which leads as much farther as alpha / rank is larger.
+        Where an adapter is trained, whose length the radius is: that of the ``merged`` weights'
+        move, or of its ``factors``' move, which leads farther the larger alpha / rank is.
     attack_learning_rate, unrolled_steps
         The attacker's, for ``auto`` and ``unrolled``.
     gradient
         Through the look-ahead: ``first_order`` or ``exact``.
     shifted_precision
-        Of the passes at the look-ahead: true ``float32``, or the run's ``autocast``, which
-        `prepare` allows only where it sees the same look-ahead.
+        Of the passes at the look-ahead: true ``float32``, or the run's ``autocast``, refused where
+        a check at the start finds that rounding moves the look-ahead.
     variant
         ``released`` sets every value of the released code, and its adapter (rank 32, alpha 4, on
         query, key and value): for reproduction only.
