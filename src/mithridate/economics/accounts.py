@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mithridate import schema
 from mithridate.configs import Seed, check_values, require
 from mithridate.economics.attacker import (
     AVAILABILITIES,
@@ -32,6 +32,7 @@ from mithridate.economics.developer import (
 from mithridate.economics.measured import Broken, MeasuredRun, read_measured
 from mithridate.economics.sentences import caveats, failures
 from mithridate.errors import InputError
+from mithridate.printable import quoted
 
 BASELINE = "sft"
 LLAMA_2_7B = 6.74e9
@@ -328,25 +329,20 @@ def _read_costs(path: Path) -> tuple[dict[str, _Ratio], dict[str, str]]:
     """Return the ratios of the methods that were timed, and why the others were not."""
     mend = "give what `mithridate cost --json` printed"
     where = str(path)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["methods"]
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=where, mend=mend) from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError("not a cost document", where=where, mend=mend) from None
+    rows = schema.read_object(path, mend=mend).get("methods")
     require(isinstance(rows, dict) and bool(rows), f"{where}: holds no methods", mend)
     ratios, not_timed = {}, {}
     for name, row in rows.items():
-        at = f"{where}: methods.{name}"
+        at = f"{where}: methods.{quoted(name)[1:-1]}"
         if not isinstance(row, dict):
-            raise InputError(f"{row!r} is no measured cost", where=at, mend=mend)
+            raise InputError(f"{quoted(row)} is no measured cost", where=at, mend=mend)
         if "not_timed" in row:
             not_timed[name] = str(row["not_timed"])
             continue
         value: Any = row.get("clock_ratio")
         interval = row.get("clock_ratio_interval") or [value, value]
         if not _above_zero(value):
-            raise InputError(f"clock_ratio is {value!r}, not a number above 0", where=at, mend=mend)
+            raise InputError(f"clock_ratio is {quoted(value)}, not a number above 0", where=at, mend=mend)
         if not (
             isinstance(interval, list)
             and len(interval) == 2
@@ -354,7 +350,7 @@ def _read_costs(path: Path) -> tuple[dict[str, _Ratio], dict[str, str]]:
             and interval[0] <= interval[1]
         ):
             raise InputError(
-                f"clock_ratio_interval is {interval!r}, not two numbers above 0, the lower first",
+                f"clock_ratio_interval is {quoted(interval)}, not two numbers above 0, the lower first",
                 where=at,
                 mend=mend,
             )
