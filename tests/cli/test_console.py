@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from rich.panel import Panel
@@ -91,3 +93,28 @@ def test_an_error_of_the_program_itself_is_not_taken_for_the_disk(monkeypatch):
     monkeypatch.setattr(app, "app", lost)
     with pytest.raises(FileNotFoundError):
         app.main(["demo"])
+
+
+WRITERS = """
+import resource, sys, torch, safetensors.torch
+from mithridate.cli import app
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+weights = {"w": torch.zeros(100_000)}
+writers = {
+    "safetensors": lambda: safetensors.torch.save_file(weights, "w.safetensors"),
+    "torch": lambda: torch.save(weights, "w.pt"),
+}
+app.app = lambda *_, **__: writers[sys.argv[1]]()
+app.main(["demo", "--json"])
+"""
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "torch"])
+def test_what_libraries_say_of_a_full_disk_is_understood(tmp_path, writer):
+    found = subprocess.run(
+        [sys.executable, "-c", WRITERS, writer], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert found.returncode == 3, found.stderr
+    assert json.loads(found.stdout)["error"]["kind"] == "system"
+    assert "Traceback" not in found.stderr

@@ -73,8 +73,8 @@ def test_help_is_read_from_the_docstring() -> None:
 
 def test_the_command_prints_the_methods_that_are_named() -> None:
     text = run("methods", "booster", "lox").stdout
-    for said in ("arXiv 2409.01586", "harmful, refusal", "3 passes per step, 1 buffer ", "flatness_weight",
-                 "float (0 or more)", "all weights"):  # fmt: skip
+    for said in ("arXiv 2409.01586", "harmful, refusal", "3 passes per step, 1 buffer ",
+                 "flatness_weight", "float (0 or more)", "all weights"):  # fmt: skip
         assert said in text
     assert "arXiv 2505.12186" not in text
     document = json.loads(run("methods", "booster", "--json").stdout)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mithridate.attacking import AttackPlan, run_attack
-from mithridate.errors import InputError
+from mithridate.errors import InputError, RunStoppedError
 from mithridate.immunisation import ImmunisationPlan, run_immunisation
 from mithridate.methods import METHODS
 from tests.compat.zoo import save_zoo
@@ -139,6 +139,8 @@ def plant_and_attack(
             )
     except InputError as error:
         return Outcome("refused", error.what.splitlines()[0])
+    except RunStoppedError as error:  # preparation found, in figures, that it would go wrong
+        return Outcome("refused", str(error).split(":")[0])
     except Exception as error:
         return Outcome("fault", f"{type(error).__name__}: {error}".splitlines()[0][:200])
     measured = {**summary["defended"]["before"], **summary["defended"]["after"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -116,19 +117,20 @@ def _run(arguments: list[str], stream: IO[str] | None) -> int:
     except RunStoppedError as error:
         show_error("the run stopped itself", str(error))
         return _failed(stream, type(error).__name__, {"what": str(error)}, STOPPED)
-    except OSError as error:
-        if error.errno not in _OF_THE_MACHINE:
-            raise
-        what = f"it cannot be read or written: {error.strerror}"
-        where = None if error.filename is None else str(error.filename)
-        mend = "free space, or mend the permissions, and run the same command again"
-        show_error("the run stopped", what, where=where, mend=mend)
-        return _failed(stream, "system", {"what": what, "where": where, "mend": mend}, STOPPED)
     except typer.TyperException as error:
         what = error.format_message()
         mend = "`mithridate --help` and `mithridate COMMAND --help` list what there is"
         show_error("cannot start", what, mend=mend)
         return _failed(stream, "usage", {"what": what, "mend": mend}, INPUT_ERROR)
+    except Exception as error:
+        reason = _fault_of_the_machine(error)
+        if reason is None:
+            raise
+        what = f"it cannot be read or written: {reason}"
+        where = getattr(error, "filename", None) and str(error.filename)
+        mend = "free space, or mend the permissions, and run the same command again"
+        show_error("the run stopped", what, where=where, mend=mend)
+        return _failed(stream, "system", {"what": what, "where": where, "mend": mend}, STOPPED)
     if result == INTERRUPTED:
         return _interrupted(stream, "stopped by Ctrl-C")
     if isinstance(result, Mapping):
@@ -136,6 +138,17 @@ def _run(arguments: list[str], stream: IO[str] | None) -> int:
             write_document(stream, result)
         return int(result.get("exit_code", 0))
     return int(result or 0)
+
+
+def _fault_of_the_machine(error: Exception) -> str | None:
+    """Return what the operating system said of a disk or a permission; None if it is not that."""
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors and torch write by themselves, and have errors of their own.
+    if told := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(told[1])
+    elif isinstance(error, RuntimeError) and "inline_container" in str(error):
+        number = errno.ENOSPC
+    return os.strerror(number) if number in _OF_THE_MACHINE else None
 
 
 def _interrupted(stream: IO[str] | None, what: str) -> int:

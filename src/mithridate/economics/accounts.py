@@ -342,7 +342,9 @@ def _read_costs(path: Path) -> tuple[dict[str, _Ratio], dict[str, str]]:
         value: Any = row.get("clock_ratio")
         interval = row.get("clock_ratio_interval") or [value, value]
         if not _above_zero(value):
-            raise InputError(f"clock_ratio is {quoted(value)}, not a number above 0", where=at, mend=mend)
+            raise InputError(
+                f"clock_ratio is {quoted(value)}, not a number above 0", where=at, mend=mend
+            )
         if not (
             isinstance(interval, list)
             and len(interval) == 2
@@ -350,7 +352,8 @@ def _read_costs(path: Path) -> tuple[dict[str, _Ratio], dict[str, str]]:
             and interval[0] <= interval[1]
         ):
             raise InputError(
-                f"clock_ratio_interval is {quoted(interval)}, not two numbers above 0, the lower first",
+                f"clock_ratio_interval is {quoted(interval)}, not two numbers above 0, the lower "
+                "first",
                 where=at,
                 mend=mend,
             )
