@@ -127,7 +127,8 @@ def _run(arguments: list[str], stream: IO[str] | None) -> int:
         if reason is None:
             raise
         what = f"it cannot be read or written: {reason}"
-        where = getattr(error, "filename", None) and str(error.filename)
+        path = getattr(error, "filename", None)
+        where = None if path is None else str(path)
         mend = "free space, or mend the permissions, and run the same command again"
         show_error("the run stopped", what, where=where, mend=mend)
         return _failed(stream, "system", {"what": what, "where": where, "mend": mend}, STOPPED)

@@ -330,7 +330,8 @@ def _read_costs(path: Path) -> tuple[dict[str, _Ratio], dict[str, str]]:
     mend = "give what `mithridate cost --json` printed"
     where = str(path)
     rows = schema.read_object(path, mend=mend).get("methods")
-    require(isinstance(rows, dict) and bool(rows), f"{where}: holds no methods", mend)
+    if not isinstance(rows, dict) or not rows:
+        raise InputError("it holds no methods", where=where, mend=mend)
     ratios, not_timed = {}, {}
     for name, row in rows.items():
         at = f"{where}: methods.{quoted(name)[1:-1]}"
