@@ -437,3 +437,10 @@ def test_prompts_beside_each_other_are_read_as_each_alone(family):
     together = editing._first_token(own, chat, prompts)
     alone = torch.cat([editing._first_token(own, chat, [one]) for one in prompts])
     assert torch.allclose(together, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv", "jamba"])
+def test_models_whose_state_steering_would_lose_are_refused(family):
+    model, other = zoo_model("llama"), zoo_model(family)
+    with pytest.raises(NotApplicableError, match="state of a generation"):
+        editing.steer(model, model, other, scale=1.0)

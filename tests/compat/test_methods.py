@@ -20,11 +20,12 @@ FEW = {
     "mixtral": ("trajectory", "lox"),
     "gpt_oss": ("sft", "repnoise"),
     "mamba": ("seam", "vaccine"),
+    "recurrent_gemma": ("sft",),
     "gemma3": ("booster", "tar"),
 }
 # Families that compute in float32 whatever they are given: rounding, made larger by a method's own
 # differences of gradients and by steps that divide by a gradient's size.
-ROUNDED = {"mamba": 2e-2}
+ROUNDED = {"mamba": 2e-2, "recurrent_gemma": 1e-4}
 EXACT = 1e-6
 
 

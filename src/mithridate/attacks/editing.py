@@ -13,6 +13,7 @@ import copy
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -362,7 +363,19 @@ def steer(
     """Add scale * (toward's logits - away's) to the model's own, from now on and wherever it runs.
 
     Three passes a token; no weight of the model is touched.
+
+    Raises
+    ------
+    NotApplicableError
+        A model keeps its state otherwise than in ``past_key_values``: its guides would lose what
+        was said before.
     """
+    for one in (model, toward, away):
+        if one._is_stateful or "past_key_values" not in signature(one.forward).parameters:
+            raise NotApplicableError(
+                f"{type(one).__name__} keeps the state of a generation in its own way",
+                mend="attack it in another way",
+            )
     caches: dict[int, DynamicCache] = {}
 
     def add(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any], output: Any) -> Any:

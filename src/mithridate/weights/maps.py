@@ -189,7 +189,8 @@ def adapter_targets(
     modules, parameters = list[str](), list[str]()
     holders = dict(innermost(model).named_modules())
     met = set[str]()
-    maps = linear_maps(model)
+    # What RecurrentGemma's blocks set on their unit, a wrapper around it would take in its place.
+    maps = [one for one in linear_maps(model) if not hasattr(one.owner, "recurrent_states")]
     stacked = any(one.weight.dim() == 3 for one in maps)
     for one in maps:
         short = one.name.removesuffix(".weight")
