@@ -11,6 +11,7 @@ from tests.compat.gradients import STEPPING, step_gradient
 from tests.compat.runs import OPTIONS, SPACES, family_table
 from tests.compat.table import page
 from tests.compat.zoo import FAMILIES, MULTIMODAL
+from tests.gloo import NEEDS_GLOO, on_two_processes
 from tests.tiny import relative_error
 
 # One of each kind: plain, transposed maps, soft caps and scales, experts, recurrent, a tower.
@@ -73,3 +74,44 @@ def test_micro_batches_change_nothing_anywhere(family, space, tmp_path):
     for method in STEPPING:
         with suppress(InputError):  # what is refused is the other test's
             same_for_any_micro_batch(family, method, space, tmp_path)
+
+
+def gradients(pairs, space, folder):
+    """Return the gradient of each family and method, by two rows a pass; none where refused."""
+    found = {}
+    for family, method in pairs:
+        with suppress(InputError):
+            found[f"{family} {method}"] = step_gradient(
+                family, method, space, micro_batch_size=2, output_dir=folder
+            )
+    return found
+
+
+def same_on_two_processes(pairs, space, folder, seconds):
+    given = (pairs, space, folder)
+    with on_two_processes(
+        folder, gradients, *given, preload="tests.compat.gradients", seconds=seconds
+    ) as both:
+        expected = gradients(*given)
+    assert expected
+    for rank, found in enumerate(both):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            bound = ROUNDED.get(name.split()[0], EXACT)
+            assert relative_error(found[name], gradient) < bound, (rank, name)
+
+
+@NEEDS_GLOO
+def test_two_processes_leave_the_gradient_of_one(tmp_path):
+    few = [(family, method) for family, methods in FEW.items() for method in methods]
+    pairs = [one for one in few if one[0] in FAMILIES and one[1] in STEPPING]
+    same_on_two_processes(pairs, "full", tmp_path, 120.0)
+
+
+@NEEDS_GLOO
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_leave_the_gradient_of_one_anywhere(family, space, tmp_path):
+    same_on_two_processes([(family, method) for method in STEPPING], space, tmp_path, 600.0)

@@ -1,12 +1,9 @@
 """Two processes look ahead, couple and unlearn as one does (`methods.md` D1, D3)."""
 
-import multiprocessing
-import socket
-
 import pytest
 import torch
-from torch import distributed
 
+from tests.gloo import NEEDS_GLOO, on_two_processes
 from tests.methods.every import EVERY, MASKED, step
 from tests.tiny import relative_error
 
@@ -22,37 +19,12 @@ def gradients():
     return found
 
 
-def work(rank, port, folder):
-    distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=rank
-    )
-    torch.save(gradients(), folder / f"{rank}.pt")
-    distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(
-    not distributed.is_available() or not distributed.is_gloo_available(),
-    reason="this torch build has no gloo",
-)
+@NEEDS_GLOO
 @pytest.mark.filterwarnings("ignore:the look-ahead left")
 def test_two_processes_leave_the_gradient_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.methods.every"])
-    processes = [context.Process(target=work, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    expected = gradients()
-    for process in processes:
-        process.join(120)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    with on_two_processes(tmp_path, gradients, preload="tests.methods.every") as both:
+        expected = gradients()
+    for rank, found in enumerate(both):
         for name, (gradient, terms) in expected.items():
             assert relative_error(found[name][0], gradient) < 1e-9, (rank, name)
             assert found[name][1] == pytest.approx(terms, rel=1e-9), (rank, name)
