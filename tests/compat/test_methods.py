@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from mithridate.errors import InputError
+from mithridate.errors import InputError, RunStoppedError
 from tests.compat.gradients import STEPPING, step_gradient
 from tests.compat.runs import OPTIONS, SPACES, family_table
 from tests.compat.table import page
@@ -72,7 +72,7 @@ def test_micro_batches_change_nothing(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_change_nothing_anywhere(family, space, tmp_path):
     for method in STEPPING:
-        with suppress(InputError):  # what is refused is the other test's
+        with suppress(InputError, RunStoppedError):  # what is refused is the other test's
             same_for_any_micro_batch(family, method, space, tmp_path)
 
 
@@ -80,7 +80,7 @@ def gradients(pairs, space, folder):
     """Return the gradient of each family and method, by two rows a pass; none where refused."""
     found = {}
     for family, method in pairs:
-        with suppress(InputError):
+        with suppress(InputError, RunStoppedError):
             found[f"{family} {method}"] = step_gradient(
                 family, method, space, micro_batch_size=2, output_dir=folder
             )
