@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mithridate.cli.progress import listening
-from mithridate.errors import InputError
+from mithridate.errors import InputError, RunStoppedError
 from mithridate.files import write_atomic
 from mithridate.printable import printable
 from published.page import claims_page, value
@@ -53,7 +53,7 @@ def main() -> None:
             document = run_claims(
                 ClaimsPlan(testbed=given.testbed, results=given.results), on_event=listener
             )
-    except InputError as error:
+    except (InputError, RunStoppedError) as error:
         sys.exit(str(error))
     if given.page is not None:
         write_atomic(given.page, claims_page(document))
