@@ -148,6 +148,17 @@ def test_a_release_replaces_the_older_one_whole(tmp_path):
     assert not (folder / "training_args.bin").exists()
 
 
+@pytest.mark.parametrize("name", [".model.partial", ".model.old"])
+def test_a_link_in_the_way_is_removed_and_not_followed(tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").write_text("")
+    save_release(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    release = save_release(tiny_model(), tiny_tokenizer(), tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(release.folder)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["kept"]
+
+
 def test_a_failed_release_leaves_the_older_one(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     before = save_release(tiny_model(), tiny_tokenizer(), folder).hashes

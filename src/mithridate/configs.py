@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 
-from mithridate.errors import InputError
+from mithridate.errors import InputError, shortened
 from mithridate.printable import quoted
 
 C = TypeVar("C")
@@ -216,7 +216,7 @@ def read_yaml(path: Path, *, most_values: int = 20_000) -> dict[str, Any]:
     # Text that looks like a number and is none (0x_) is a plain ValueError there.
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
-            f"not valid YAML: {_shortened(str(error))}", where=where, mend="correct the file"
+            f"not valid YAML: {shortened(str(error), 400)}", where=where, mend="correct the file"
         ) from None
     if value is None:
         return {}
@@ -236,11 +236,6 @@ def _bounded(path: Path, most_bytes: int) -> bytes:
             return data
         fault = f"holds more than {most_bytes >> 10} KiB"
     raise InputError(fault, where=str(path), mend="give a YAML file")
-
-
-def _shortened(text: str) -> str:
-    """Return a message of the YAML reader, which may quote whole lines, in 400 characters."""
-    return text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}"
 
 
 def require(condition: bool, what: str, mend: str) -> None:

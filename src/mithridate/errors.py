@@ -21,9 +21,9 @@ class InputError(ValueError):
     """
 
     def __init__(self, what: str, *, where: str | None = None, mend: str) -> None:
-        self.what = _cut(what)
-        self.where = None if where is None else _cut(where)
-        self.mend = _cut(mend)
+        self.what = shortened(what)
+        self.where = None if where is None else shortened(where)
+        self.mend = shortened(mend)
         place = f"{self.where}: " if self.where else ""
         super().__init__(f"{place}{self.what}\n  mend: {self.mend}")
 
@@ -32,11 +32,9 @@ class InputError(ValueError):
         return _input_error, (self.what, self.where, self.mend)
 
 
-def _cut(text: str) -> str:
+def shortened(text: str, most: int = _LONGEST) -> str:
     """Return ``text``, its middle left out where what a user gave has made it endless."""
-    if len(text) <= _LONGEST:
-        return text
-    return f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def _input_error(what: str, where: str | None, mend: str) -> InputError:

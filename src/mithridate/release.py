@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from mithridate.errors import RunStoppedError
-from mithridate.files import sha256_file, sync
+from mithridate.files import remove_tree, sha256_file, sync
 from mithridate.models import positions
 
 if TYPE_CHECKING:
@@ -90,16 +89,17 @@ def save_release(
     """
     plain, difference = merged(model, tokenizer)
     own = next(plain.parameters()).dtype
+    released = own if dtype is None else DTYPES[dtype]
     moved = away = 0.0
-    if dtype is not None and DTYPES[dtype] != own:
+    if released != own:
         before = _probe_logits(plain, tokenizer)
         trained = sampled(plain)
-        _convert(plain, DTYPES[dtype])
+        _convert(plain, released)
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_tree(partial)
     partial.mkdir(parents=True)
     plain.save_pretrained(partial)
-    if dtype is not None and DTYPES[dtype] != own:
+    if released != own:
         _convert(plain, own)
         moved = float((_probe_logits(plain, tokenizer) - before).abs().max())
         away = _rounded_away(start or {}, trained, sampled(plain))
@@ -109,10 +109,10 @@ def save_release(
         sync(path)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
         folder.rename(old)
         partial.rename(folder)
-        shutil.rmtree(old)
+        remove_tree(old)
     else:
         partial.rename(folder)
     sync(folder.parent)
